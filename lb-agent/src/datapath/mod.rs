@@ -1,0 +1,71 @@
+//! A datapath carries a [`ServiceTable`] out; it decides nothing.
+
+use std::fmt;
+
+use lb_core::table::{Changes, ServiceTable};
+
+/// Brings this node's kernel state to a table. Blocking; called from one dedicated thread, never concurrently.
+pub trait Datapath: Send {
+    /// Short name for logs and metrics, e.g. `ebpf`.
+    fn name(&self) -> &'static str;
+
+    /// Makes the kernel serve `table`. `changes` names the keys that may differ from the last successful call;
+    /// the first call of a process gets [`Changes::all`] and also removes whatever an earlier agent left that
+    /// `table` doesn't have. Idempotent and safe to retry: after an error the driver calls again with all
+    /// changes since the last success.
+    fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<ApplyReport, DatapathError>;
+
+    /// Removes everything we own, and nothing else.
+    fn teardown(&mut self) -> Result<(), DatapathError>;
+}
+
+/// What one `apply` did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ApplyReport {
+    /// Map entries (or rules) written.
+    pub upserts: usize,
+    /// Map entries (or rules) deleted.
+    pub deletes: usize,
+    /// Service ports that could not be programmed (a full map, say) with the reason; all others work.
+    pub refused: Vec<Refused>,
+}
+
+/// A service port that could not be programmed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// Which.
+    pub service: lb_core::table::ServicePortId,
+    /// Why, and what to do about it.
+    pub reason: String,
+}
+
+/// Why a datapath could not do what it was told.
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    /// A map operation failed.
+    #[error("{operation} map {map}")]
+    Map {
+        /// `update`, `delete`, …
+        operation: &'static str,
+        /// Map name.
+        map: String,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// Anything else, with its object in the text.
+    #[error("{operation} {object}")]
+    Kernel {
+        /// What was being done, e.g. `attach tc program to`.
+        operation: &'static str,
+        /// To what.
+        object: String,
+        /// The cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.service, self.reason)
+    }
+}

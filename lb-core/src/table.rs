@@ -1,0 +1,223 @@
+//! `ServiceTable`: what this node serves, fully resolved. A datapath carries it out and decides nothing.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use serde::Serialize;
+
+use crate::model::{Family, ObjectName, Protocol};
+
+/// Identity of one load-balanced thing: a service port in one IP family.
+///
+/// The port's *name* is identity, its number is data (kube-proxy `pkg/proxy/types.go` `ServicePortName`).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct ServicePortId {
+    /// The Service.
+    pub service: ObjectName,
+    /// Port name, empty if unnamed.
+    pub port: Arc<str>,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// IP family of frontends and backends.
+    pub family: Family,
+}
+
+impl fmt::Display for ServicePortId {
+    /// `namespace/name:port`, without the colon if the port has no name.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.port {
+            "" => write!(f, "{}", self.service),
+            port => write!(f, "{}:{port}", self.service),
+        }
+    }
+}
+
+/// What clients dial.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct FrontendAddr {
+    /// Address.
+    pub addr: IpAddr,
+    /// Port, 1–65535.
+    pub port: u16,
+    /// Protocol.
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for FrontendAddr {
+    /// `10.96.0.10:53/UDP`, `[fd00::1]:80/TCP`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = format!("{}/{}", std::net::SocketAddr::new(self.addr, self.port), self.protocol);
+        f.pad(&text)
+    }
+}
+
+/// Where a frontend comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum FrontendKind {
+    /// `spec.clusterIPs`.
+    ClusterIp,
+    /// `spec.externalIPs`.
+    ExternalIp,
+    /// `status.loadBalancer.ingress[].ip`.
+    LoadBalancer,
+    /// A node address with `nodePort`.
+    NodePort,
+    /// 127.0.0.1 with `nodePort`: for processes in the host's network namespace only.
+    LocalhostNodePort,
+}
+
+impl fmt::Display for FrontendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::ClusterIp => "ClusterIP",
+            Self::ExternalIp => "ExternalIP",
+            Self::LoadBalancer => "LoadBalancer",
+            Self::NodePort => "NodePort",
+            Self::LocalhostNodePort => "NodePort@lo",
+        })
+    }
+}
+
+/// Which of a service port's two backend lists a scope uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum BackendList {
+    /// [`ServiceEntry::cluster`].
+    Cluster,
+    /// [`ServiceEntry::local`].
+    Local,
+}
+
+/// What happens to a new flow for which the chosen list is empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum NoBackends {
+    /// TCP RST, ICMP port unreachable, `ECONNREFUSED`: there is no endpoint anywhere.
+    Reject,
+    /// Silence: there are endpoints, but none that this policy may use here.
+    Drop,
+}
+
+/// When the source is rewritten to an address of this node. A hairpin (backend = source) always is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum Masquerade {
+    /// Never: the backend sees the client.
+    Never,
+    /// If the backend is not on this node, so that the reply comes back through it.
+    Remote,
+    /// Always (`masqueradeAll`).
+    Always,
+}
+
+/// How one scope of a frontend is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Scope {
+    /// Which backends.
+    pub list: BackendList,
+    /// What if there are none.
+    pub none: NoBackends,
+    /// Source rewriting.
+    pub masquerade: Masquerade,
+}
+
+/// One frontend: an address clients dial, and how each scope of it is served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Frontend {
+    /// The service port behind it.
+    pub service: ServicePortId,
+    /// Where it comes from.
+    pub kind: FrontendKind,
+    /// Packets that reach the node from outside.
+    pub external: Scope,
+    /// Packets of this node's pods and processes.
+    pub internal: Scope,
+    /// Sources that may use it; empty means all. Load-balancer frontends only.
+    pub source_ranges: Arc<[IpNet]>,
+    /// `source_ranges` is not empty and this node's own processes may use the frontend all the same, because a
+    /// range covers an address of this node.
+    pub source_ranges_allow_host: bool,
+}
+
+/// A backend: an endpoint this node may send to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Backend {
+    /// Address.
+    pub addr: IpAddr,
+    /// Port, 1–65535.
+    pub port: u16,
+    /// The endpoint is on this node.
+    pub local: bool,
+    /// The endpoint is terminating; listed only when no ready one is left.
+    pub terminating: bool,
+}
+
+/// One service port with its backends. Lists are sorted by address and port and free of duplicates.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ServiceEntry {
+    /// ClientIP affinity timeout in seconds.
+    pub affinity_secs: Option<u32>,
+    /// Backends of policy Cluster (topology hints applied).
+    pub cluster: Vec<Backend>,
+    /// Backends of policy Local.
+    pub local: Vec<Backend>,
+    /// All endpoints this node may ever send to that are *serving*, whatever the policies say now: flows to
+    /// these are kept, UDP flows to others re-select (kube-proxy `conntrack/cleanup.go`).
+    pub serving: Vec<(IpAddr, u16)>,
+}
+
+/// What an address is, for ports of it that no frontend claims.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum VipKind {
+    /// A ClusterIP, or an external VIP that belongs to no node: unknown ports are refused.
+    Vip,
+    /// An address of a node (also if it is somebody's externalIP): unknown ports pass untouched, always.
+    NodeAddress,
+}
+
+/// What this node serves. Equal inputs give equal tables, and equal tables print alike.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServiceTable {
+    /// Service ports that at least one frontend points to.
+    pub services: BTreeMap<ServicePortId, ServiceEntry>,
+    /// Frontends; each `service` is a key of `services`.
+    pub frontends: BTreeMap<FrontendAddr, Frontend>,
+    /// Addresses of frontends (NodePort ones included).
+    pub vips: BTreeMap<IpAddr, VipKind>,
+}
+
+/// Which keys of a [`ServiceTable`] may differ from the table of the last call.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Service ports added, changed or gone.
+    pub services: BTreeSet<ServicePortId>,
+    /// Frontends added, changed or gone.
+    pub frontends: BTreeSet<FrontendAddr>,
+    /// Addresses added, changed or gone.
+    pub vips: BTreeSet<IpAddr>,
+}
+
+impl Changes {
+    /// Nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty() && self.frontends.is_empty() && self.vips.is_empty()
+    }
+
+    /// Every key of `table`: what a datapath that knows nothing yet has to look at.
+    pub fn all(table: &ServiceTable) -> Self {
+        Self {
+            services: table.services.keys().cloned().collect(),
+            frontends: table.frontends.keys().copied().collect(),
+            vips: table.vips.keys().copied().collect(),
+        }
+    }
+
+    /// Adds the keys of `other`.
+    pub fn merge(&mut self, other: Self) {
+        self.services.extend(other.services);
+        self.frontends.extend(other.frontends);
+        self.vips.extend(other.vips);
+    }
+}

@@ -1,0 +1,2 @@
+//! Build system entry.
+fn main() {}
