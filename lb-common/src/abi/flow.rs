@@ -55,8 +55,8 @@ pub struct FlowValue<A> {
     pub role: u8,
     /// TCP state this direction has shown (`lb_common::tcp`).
     pub tcp: u8,
-    /// Set when `smac`, `dmac` and `ifindex` are the next hop of `routing_generation`.
-    pub has_next_hop: u8,
+    /// One of [`next_hop`].
+    pub next_hop: u8,
     /// Service port id.
     pub service_id: u32,
     /// Backend id.
@@ -85,7 +85,18 @@ pub mod transmit {
     pub const TURN_AROUND: u8 = 2;
 }
 
-/// Values of [`FlowValue::role`]; names the outcome that is counted.
+/// Values of [`FlowValue::next_hop`].
+pub mod next_hop {
+    /// Not known yet.
+    pub const UNKNOWN: u8 = 0;
+    /// `macs` and `ifindex` hold it, as of `routing_generation`.
+    pub const KNOWN: u8 = 1;
+    /// As `KNOWN`, and XDP may send frames out of that device.
+    pub const KNOWN_TO_XDP: u8 = 2;
+}
+
+/// Values of [`FlowValue::role`]; names the outcome that is counted. A reply has [`role::REPLY`] set beside the role
+/// of its forward twin.
 pub mod role {
     /// From a client outside to a backend on this node.
     pub const TO_LOCAL: u8 = 0;
@@ -95,8 +106,8 @@ pub mod role {
     pub const FROM_POD: u8 = 2;
     /// From a pod to itself.
     pub const HAIRPIN: u8 = 3;
-    /// From a backend to a client.
-    pub const REPLY: u8 = 4;
+    /// Bit: from the backend back to the client.
+    pub const REPLY: u8 = 0x80;
 }
 
 pod_for_both! {

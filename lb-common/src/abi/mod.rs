@@ -13,7 +13,7 @@ mod source_range;
 
 pub use affinity::{AffinityKey, AffinityValue};
 pub use backend::{BackendValue, backend_flags};
-pub use flow::{FlowKey, FlowValue, direction, role, transmit};
+pub use flow::{FlowKey, FlowValue, direction, next_hop, role, transmit};
 pub use frontend::{FrontendKey, FrontendValue, SlotRange, VipKey, VipValue, frontend_flags, vip_kind};
 pub use node::{DeviceValue, NodeConfig, TraceFilter, device_flags};
 pub use sock::{PeerValue, SockFlowKey, SockFlowValue, sock_direction};
