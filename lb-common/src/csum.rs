@@ -43,6 +43,20 @@ pub fn delta(old: &[u8], new: &[u8]) -> u16 {
     fold(total)
 }
 
+/// [`delta`] for data taken as native-endian 32-bit words in packet order, such as addresses.
+#[inline(always)]
+pub fn delta_words(old: &[u32], new: &[u32]) -> u16 {
+    let mut total = 0u64;
+    let mut i = 0;
+    while i < old.len() && i < new.len() {
+        total += (!old[i]) as u64 + new[i] as u64;
+        i += 1;
+    }
+    total = (total & 0xffff_ffff) + (total >> 32);
+    total = (total & 0xffff) + (total >> 16);
+    fold((total & 0xffff) as u32 + (total >> 16) as u32)
+}
+
 /// The delta of replacing one 16-bit word, both as they lie in the packet.
 #[inline(always)]
 pub const fn delta16(old: u16, new: u16) -> u16 {
@@ -117,6 +131,18 @@ mod tests {
         new[20..24].copy_from_slice(&[0x1f, 0x90, 0x00, 0x50]);
         let deltas = delta(&old[0..8], &new[0..8]) as u32 + delta(&old[20..24], &new[20..24]) as u32;
         assert_eq!(apply(full(&old), deltas), full(&new));
+    }
+
+    #[test]
+    fn deltas_by_words_and_by_halfwords_are_the_same_number() {
+        for seed in 1..2000 {
+            let (old, new) = (random_words(seed), random_words(seed ^ 0x77));
+            let words = |bytes: &[u8; 40]| -> [u32; 10] {
+                core::array::from_fn(|i| u32::from_ne_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]]))
+            };
+            let (a, b) = (delta(&old, &new), delta_words(&words(&old), &words(&new)));
+            assert!(a == b || (a ^ b) == 0xffff && (a == 0 || b == 0), "seed {seed}: {a:04x} {b:04x}");
+        }
     }
 
     #[test]

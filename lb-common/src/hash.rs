@@ -6,13 +6,22 @@ pub const VIP_FILTER_BITS: u32 = 1 << 16;
 /// The VIP filter's bit for an address of four or sixteen bytes.
 #[inline(always)]
 pub fn vip_filter_bit(addr: &[u8]) -> u32 {
-    let mut word = [0; 4];
+    let mut words = [0; 4];
+    let len = addr.len() / 4;
+    for (word, bytes) in words.iter_mut().zip(addr.chunks_exact(4)) {
+        *word = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+    }
+    vip_filter_bit_of_words(&words[..len])
+}
+
+/// [`vip_filter_bit`] for an address taken as native-endian words in network order.
+#[inline(always)]
+pub fn vip_filter_bit_of_words(addr: &[u32]) -> u32 {
     let mut acc = 0u32;
     let mut i = 0;
-    while i + 4 <= addr.len() {
-        word.copy_from_slice(&addr[i..i + 4]);
-        acc = acc.rotate_left(5) ^ u32::from_ne_bytes(word);
-        i += 4;
+    while i < addr.len() {
+        acc = acc.rotate_left(5) ^ addr[i];
+        i += 1;
     }
     // Fibonacci hashing: the high bits of a multiplication by 2^32/phi are the well-mixed ones.
     acc.wrapping_mul(0x9e37_79b1) >> 16

@@ -36,7 +36,7 @@ outcomes! {
     PassMidStream = 5, "pass_mid_stream";
     /// Passed: a port of a node's own address that no Service claims.
     PassNodeAddress = 6, "pass_node_address";
-    /// XDP passed the packet untouched to tc, which finishes it.
+    /// Left untouched for tc: XDP can't finish it, or a socket hook doesn't know the pod's address yet.
     PassToTc = 7, "pass_to_tc";
     /// Translated; the stack delivers it to a backend on this node.
     ToLocalBackend = 8, "to_local_backend";

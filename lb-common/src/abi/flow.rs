@@ -6,7 +6,7 @@
 use super::pod_for_both;
 
 /// A five-tuple as it lies on the wire at its hook.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FlowKey<A> {
     /// Source address.

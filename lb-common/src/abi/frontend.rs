@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::pod_for_both;
 
 /// What clients dial.
-#[repr(C)]
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrontendKey<A> {
     /// Address.
@@ -69,7 +69,7 @@ pub mod frontend_flags {
 }
 
 /// An address that has frontends.
-#[repr(C)]
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct VipKey<A> {
     /// Address.

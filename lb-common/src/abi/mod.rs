@@ -2,6 +2,9 @@
 //!
 //! `docs/map-abi.md` lists every map with its writer, readers and size. Changing a layout here means raising
 //! [`LAYOUT_VERSION`].
+//!
+//! Keys are aligned beyond their fields' needs: programs build them on the BPF stack, where the verifier accepts
+//! aligned accesses only.
 
 mod affinity;
 mod backend;

@@ -1,0 +1,1 @@
+//! Logging of decisions, in the tracing build only.
