@@ -117,7 +117,8 @@ mod tests {
             // 0 and 0xffff are the same number in one's complement; a sum over non-zero data is never +0.
             let expected = full(&new);
             assert!(
-                incremental == expected || (incremental ^ expected) == 0xffff && (incremental == 0 || expected == 0),
+                incremental == expected
+                    || (incremental ^ expected) == 0xffff && (incremental == 0 || expected == 0),
                 "seed {seed}: {incremental:04x} != {expected:04x}"
             );
         }
@@ -138,7 +139,9 @@ mod tests {
         for seed in 1..2000 {
             let (old, new) = (random_words(seed), random_words(seed ^ 0x77));
             let words = |bytes: &[u8; 40]| -> [u32; 10] {
-                core::array::from_fn(|i| u32::from_ne_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]]))
+                core::array::from_fn(|i| {
+                    u32::from_ne_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
+                })
             };
             let (a, b) = (delta(&old, &new), delta_words(&words(&old), &words(&new)));
             assert!(a == b || (a ^ b) == 0xffff && (a == 0 || b == 0), "seed {seed}: {a:04x} {b:04x}");

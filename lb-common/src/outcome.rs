@@ -105,8 +105,14 @@ pub enum Hook {
 
 impl Hook {
     /// All hooks, by number.
-    pub const ALL: &'static [Self] =
-        &[Self::Xdp, Self::NetdevIngress, Self::NetdevEgress, Self::PodIngress, Self::PodEgress, Self::Socket];
+    pub const ALL: &'static [Self] = &[
+        Self::Xdp,
+        Self::NetdevIngress,
+        Self::NetdevEgress,
+        Self::PodIngress,
+        Self::PodEgress,
+        Self::Socket,
+    ];
 
     /// The metric label.
     pub const fn as_str(self) -> &'static str {

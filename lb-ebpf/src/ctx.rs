@@ -64,7 +64,12 @@ pub trait Ctx {
 
     /// Writes an entry's rewrite into the packet, checksums included. `decrement_ttl`: we are its router.
     #[inline(always)]
-    fn rewrite<F: Family>(&mut self, flow: &Flow<F::Addr>, to: &FlowValue<F::Addr>, decrement_ttl: bool) -> Option<()> {
+    fn rewrite<F: Family>(
+        &mut self,
+        flow: &Flow<F::Addr>,
+        to: &FlowValue<F::Addr>,
+        decrement_ttl: bool,
+    ) -> Option<()> {
         let csum_offset = flow.l4_offset + l4_csum_offset(flow.proto);
         self.add_to_l4_csum(csum_offset, to.addr_delta, flow.proto, true)?;
         if to.sport != flow.sport || to.dport != flow.dport {
@@ -262,7 +267,13 @@ impl Ctx for Tc {
         let value = OnStack(value);
         // SAFETY: the helper checks the offset against the buffer's length.
         let done = unsafe {
-            bpf_skb_store_bytes(self.skb(), offset as u32, (&raw const value).cast(), size_of::<T>() as u32, 0)
+            bpf_skb_store_bytes(
+                self.skb(),
+                offset as u32,
+                (&raw const value).cast(),
+                size_of::<T>() as u32,
+                0,
+            )
         };
         (done == 0).then_some(())
     }
@@ -288,7 +299,8 @@ impl Ctx for Tc {
     fn reshape(&mut self, len: usize, front: usize) -> Option<()> {
         // SAFETY: the helpers check both against the buffer's room.
         let done = unsafe {
-            bpf_skb_change_tail(self.skb(), len as u32, 0) == 0 && bpf_skb_change_head(self.skb(), front as u32, 0) == 0
+            bpf_skb_change_tail(self.skb(), len as u32, 0) == 0
+                && bpf_skb_change_head(self.skb(), front as u32, 0) == 0
         };
         done.then_some(())
     }

@@ -1,9 +1,6 @@
 //! What differs between IPv4 and IPv6: header layout, maps, FIB arguments. Everything else is written once.
 
-use aya_ebpf::{
-    bindings::bpf_fib_lookup,
-    btf_maps::lpm_trie::Key,
-};
+use aya_ebpf::{bindings::bpf_fib_lookup, btf_maps::lpm_trie::Key};
 use lb_common::{
     abi::{
         AffinityKey, BackendValue, DeviceValue, FlowKey, FlowValue, FrontendKey, FrontendValue, NodeConfig,
@@ -107,7 +104,11 @@ macro_rules! map_accessors {
             unsafe { maps::$flows.get_ptr_mut(same_layout(key)).map(|entry| &mut *entry.cast()) }
         }
         #[inline(always)]
-        fn insert_flow(key: &FlowKey<Self::Addr>, value: &FlowValue<Self::Addr>, flags: u64) -> Result<(), i32> {
+        fn insert_flow(
+            key: &FlowKey<Self::Addr>,
+            value: &FlowValue<Self::Addr>,
+            flags: u64,
+        ) -> Result<(), i32> {
             // SAFETY: words for bytes.
             unsafe { maps::$flows.insert(same_layout(key), same_layout(value), flags) }
         }
@@ -229,7 +230,8 @@ impl Family for V6 {
     fn hash(saddr: &Words6, daddr: &Words6, ports: u32, proto: u8) -> u32 {
         let [s0, s1, s2, s3] = *saddr;
         let [d0, d1, d2, d3] = *daddr;
-        let source = hash::mix64(u64::from(s0 ^ s2.rotate_left(9)) << 32 | u64::from(s1 ^ s3.rotate_left(21)));
+        let source =
+            hash::mix64(u64::from(s0 ^ s2.rotate_left(9)) << 32 | u64::from(s1 ^ s3.rotate_left(21)));
         let dest = u64::from(d0 ^ d2.rotate_left(9)) << 32 | u64::from(d1 ^ d3.rotate_left(21));
         hash::mix64(source ^ dest.rotate_left(17) ^ u64::from(ports) << 8 ^ u64::from(proto)) as u32
     }

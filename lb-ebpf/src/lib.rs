@@ -23,7 +23,7 @@ pub mod maps;
 pub mod origin;
 pub mod packet;
 pub mod pipeline;
-// sock
+pub mod sock;
 pub mod stage;
 pub mod trace;
 pub mod verdict;

@@ -2,13 +2,7 @@
 
 use lb_common::abi::{BackendValue, FrontendValue, role};
 
-use crate::stage::{
-    classify,
-    classify::Service,
-    nat,
-    nat::Source,
-    parse::Flow,
-};
+use crate::stage::{classify, classify::Service, nat, nat::Source, parse::Flow};
 
 /// An origin, as a type that is never made.
 pub trait Origin {

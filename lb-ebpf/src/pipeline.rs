@@ -10,8 +10,8 @@ use crate::{
     ctx::Ctx,
     family::Family,
     maps,
-    packet::Macs,
     origin::Origin,
+    packet::Macs,
     stage::{
         affinity, classify,
         classify::Service,
@@ -128,7 +128,11 @@ pub fn open<F: Parse, O: Origin, C: Ctx>(ctx: &mut C) -> Stage<End> {
 
 /// The backend this client had before, or the one its flow's hash falls on.
 #[inline(always)]
-fn choose<F: Family>(packet: &Flow<F::Addr>, service: &Service, hash: u32) -> Stage<Choice<'static, F::Addr>> {
+fn choose<F: Family>(
+    packet: &Flow<F::Addr>,
+    service: &Service,
+    hash: u32,
+) -> Stage<Choice<'static, F::Addr>> {
     if service.affinity_secs == 0 {
         return select::backend::<F>(service, hash);
     }

@@ -92,13 +92,17 @@ mod program {
     #[inline(never)]
     #[unsafe(no_mangle)]
     extern "C" fn known4(ctx: *mut __sk_buff, direction: u8) -> u64 {
-        pipeline::known::<V4, _>(&mut Tc::new(TcContext::new(ctx)), direction).unwrap_or_else(|end| end).bits()
+        pipeline::known::<V4, _>(&mut Tc::new(TcContext::new(ctx)), direction)
+            .unwrap_or_else(|end| end)
+            .bits()
     }
 
     #[inline(never)]
     #[unsafe(no_mangle)]
     extern "C" fn known6(ctx: *mut __sk_buff, direction: u8) -> u64 {
-        pipeline::known::<V6, _>(&mut Tc::new(TcContext::new(ctx)), direction).unwrap_or_else(|end| end).bits()
+        pipeline::known::<V6, _>(&mut Tc::new(TcContext::new(ctx)), direction)
+            .unwrap_or_else(|end| end)
+            .bits()
     }
 
     #[inline(never)]

@@ -51,13 +51,17 @@ mod program {
 
     #[inline(always)]
     fn known4(ctx: *mut xdp_md, direction: u8) -> u64 {
-        pipeline::known::<V4, _>(&mut Xdp::new(XdpContext::new(ctx)), direction).unwrap_or_else(|end| end).bits()
+        pipeline::known::<V4, _>(&mut Xdp::new(XdpContext::new(ctx)), direction)
+            .unwrap_or_else(|end| end)
+            .bits()
     }
 
     #[inline(never)]
     #[unsafe(no_mangle)]
     extern "C" fn known6(ctx: *mut xdp_md, direction: u8) -> u64 {
-        pipeline::known::<V6, _>(&mut Xdp::new(XdpContext::new(ctx)), direction).unwrap_or_else(|end| end).bits()
+        pipeline::known::<V6, _>(&mut Xdp::new(XdpContext::new(ctx)), direction)
+            .unwrap_or_else(|end| end)
+            .bits()
     }
 
     #[inline(never)]
@@ -75,13 +79,17 @@ mod program {
     #[inline(never)]
     #[unsafe(no_mangle)]
     extern "C" fn refuse4(ctx: *mut xdp_md, outcome: u32) -> u64 {
-        pipeline::refuse::<V4, _>(&mut Xdp::new(XdpContext::new(ctx)), outcome).unwrap_or_else(|end| end).bits()
+        pipeline::refuse::<V4, _>(&mut Xdp::new(XdpContext::new(ctx)), outcome)
+            .unwrap_or_else(|end| end)
+            .bits()
     }
 
     #[inline(never)]
     #[unsafe(no_mangle)]
     extern "C" fn refuse6(ctx: *mut xdp_md, outcome: u32) -> u64 {
-        pipeline::refuse::<V6, _>(&mut Xdp::new(XdpContext::new(ctx)), outcome).unwrap_or_else(|end| end).bits()
+        pipeline::refuse::<V6, _>(&mut Xdp::new(XdpContext::new(ctx)), outcome)
+            .unwrap_or_else(|end| end)
+            .bits()
     }
 
     #[panic_handler]

@@ -19,7 +19,8 @@ pub fn lookup<F: Family>(key: &AffinityKey, service: &Service) -> Option<Choice<
         return None;
     }
     let backend = F::backend(id)?;
-    (backend.flags & service.list_flag != 0 && backend.generation == generation).then_some(Choice { id, backend })
+    (backend.flags & service.list_flag != 0 && backend.generation == generation)
+        .then_some(Choice { id, backend })
 }
 
 /// Remembers the client's backend. A full table only loses affinity, never the flow.

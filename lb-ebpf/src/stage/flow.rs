@@ -54,7 +54,10 @@ pub fn key<A: Copy>(flow: &Flow<A>, direction: u8) -> FlowKey<A> {
 /// The packet's entry, unless it has none that still holds: a SYN re-opens a closed connection, and a new datagram
 /// or SYN for a backend that is gone chooses again.
 #[inline(always)]
-pub fn lookup<F: Family>(key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Option<&'static mut FlowValue<F::Addr>> {
+pub fn lookup<F: Family>(
+    key: &FlowKey<F::Addr>,
+    flow: &Flow<F::Addr>,
+) -> Option<&'static mut FlowValue<F::Addr>> {
     let entry = F::flow(key)?;
     if entry.role & role::REPLY == 0 && flow.may_open() && !still_holds::<F>(key, entry) {
         return None;
@@ -79,7 +82,12 @@ fn still_holds<F: Family>(key: &FlowKey<F::Addr>, entry: &FlowValue<F::Addr>) ->
 
 /// Notes what the packet shows of its connection, and once a tick that both directions are alive.
 #[inline(always)]
-pub fn track<F: Family>(key: &FlowKey<F::Addr>, entry: &mut FlowValue<F::Addr>, flow: &Flow<F::Addr>, now: u32) {
+pub fn track<F: Family>(
+    key: &FlowKey<F::Addr>,
+    entry: &mut FlowValue<F::Addr>,
+    flow: &Flow<F::Addr>,
+    now: u32,
+) {
     if flow.proto == PROTO_TCP {
         let seen = entry.tcp | tcp::seen(flow.tcp_flags);
         if seen != entry.tcp {
@@ -155,11 +163,7 @@ pub fn masquerade<F: Family>(
 ///
 /// Stops with a drop when no source port is free or the table refuses.
 #[inline(always)]
-pub fn insert<F: Family>(
-    flow: &Flow<F::Addr>,
-    hash: u32,
-    scratch: &mut Scratch<F::Addr>,
-) -> Stage<()> {
+pub fn insert<F: Family>(flow: &Flow<F::Addr>, hash: u32, scratch: &mut Scratch<F::Addr>) -> Stage<()> {
     reserve_port::<F>(flow, hash, scratch)?;
     if F::insert_flow(&scratch.key, &scratch.entry, BPF_ANY.into()).is_err() {
         F::remove_flow(&scratch.twin_key);
@@ -178,7 +182,8 @@ fn reserve_port<F: Family>(
     hash: u32,
     Scratch { key, twin_key, entry, twin, .. }: &mut Scratch<F::Addr>,
 ) -> Stage<()> {
-    let (first, count) = maps::node().map_or((0, 0), |node| (node.snat_port_first, u32::from(node.snat_port_count)));
+    let (first, count) =
+        maps::node().map_or((0, 0), |node| (node.snat_port_first, u32::from(node.snat_port_count)));
     let mut offset = hash::scale(hash.rotate_left(16), count);
     let mut own_port = entry.transmit == transmit::STACK;
     for _ in 0..PORT_ATTEMPTS {
@@ -244,7 +249,11 @@ fn write_twin_key<A: Copy>(twin_key: &mut FlowKey<A>, key: &FlowKey<A>, value: &
         sport: value.dport,
         dport: value.sport,
         proto: key.proto,
-        direction: if value.transmit == transmit::STACK { key.direction ^ direction::OUT } else { direction::IN },
+        direction: if value.transmit == transmit::STACK {
+            key.direction ^ direction::OUT
+        } else {
+            direction::IN
+        },
         pad: 0,
     };
 }

@@ -45,8 +45,11 @@ fn reset<F: Family, C: Ctx>(ctx: &mut C, flow: &Flow<F::Addr>) -> Option<()> {
     let option_words = usize::from(old[12] >> 4) - 5;
 
     let ack = u32::from_be_bytes([old[4], old[5], old[6], old[7]]).wrapping_add(1).to_be_bytes();
-    let old_middle = [old[4], old[5], old[6], old[7], old[8], old[9], old[10], old[11], old[12], old[13], old[14], old[15]];
-    let new_middle = [0, 0, 0, 0, ack[0], ack[1], ack[2], ack[3], old[12], tcp_flags::RST | tcp_flags::ACK, 0, 0];
+    let old_middle = [
+        old[4], old[5], old[6], old[7], old[8], old[9], old[10], old[11], old[12], old[13], old[14], old[15],
+    ];
+    let new_middle =
+        [0, 0, 0, 0, ack[0], ack[1], ack[2], ack[3], old[12], tcp_flags::RST | tcp_flags::ACK, 0, 0];
     let mut deltas = u32::from(csum::delta(&old_middle, &new_middle));
     deltas += u32::from(csum::delta(&[old[18], old[19]], &[0, 0]));
     for word in 0..MAX_OPTION_WORDS {
