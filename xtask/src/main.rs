@@ -1,2 +1,112 @@
-//! Build system entry.
-fn main() {}
+//! The build system: `cargo xtask <command>`. This file only dispatches; each command has a file of its own.
+
+mod build_ebpf;
+mod cargo;
+mod check;
+mod setup;
+mod test;
+mod tidy;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Build, test and measure. Every command first installs what it needs (`setup`).
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Find or install what building and testing need.
+    Setup {
+        /// Only report what is missing; exit 1 if anything is.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Build the BPF objects into target/bpf and load each once as a check.
+    BuildEbpf {
+        /// Build the tracing objects too (target/bpf/trace).
+        #[arg(long)]
+        trace: bool,
+        /// Don't load the objects into this kernel.
+        #[arg(long)]
+        no_verify: bool,
+    },
+    /// Format, clippy, tidy rules, unit and golden tests. Needs no root.
+    Check,
+    /// Run tests: unit, packet (BPF_PROG_TEST_RUN) and netns (real sockets); all by default.
+    Test {
+        /// Which rings; all if none is named.
+        rings: Vec<test::Ring>,
+    },
+    /// Verified instructions of each program against lb-ebpf/verifier.toml.
+    Verifier {
+        /// Write the measured numbers, plus a fifth, as the new budgets.
+        #[arg(long)]
+        write: bool,
+    },
+    /// Measure: `packet` is ns per packet, `sync` is programming time.
+    Bench {
+        /// packet or sync.
+        what: String,
+        /// Machine-readable output.
+        #[arg(long)]
+        json: bool,
+    },
+    /// The story of the README, live: a client, two nodes and pods as network namespaces.
+    Demo {
+        /// Leave everything up to look around.
+        #[arg(long)]
+        keep: bool,
+        /// Remove what an earlier `--keep` left.
+        #[arg(long)]
+        remove: bool,
+    },
+}
+
+fn main() -> Result<()> {
+    std::env::set_current_dir(cargo::root())?;
+    match Args::parse().command {
+        Command::Setup { check } => setup::run(check),
+        Command::BuildEbpf { trace, no_verify } => {
+            setup::ensure()?;
+            build_ebpf::run(trace)?;
+            if no_verify { Ok(()) } else { build_ebpf::verify() }
+        }
+        Command::Check => {
+            setup::ensure()?;
+            check::run()
+        }
+        Command::Test { rings } => {
+            setup::ensure()?;
+            test::run(&rings)
+        }
+        Command::Verifier { write } => {
+            setup::ensure()?;
+            build_ebpf::run(false)?;
+            let mode = if write { "--write" } else { "--budget" };
+            cargo::run(&["run", "--quiet", "-p", "lb-test", "--bin", "verify", "--", mode, "lb-ebpf/verifier.toml"])
+        }
+        Command::Bench { what, json } => {
+            setup::ensure()?;
+            build_ebpf::run(false)?;
+            let mut args = vec!["run", "--quiet", "--release", "-p", "lb-test", "--bin", "bench", "--", &what];
+            if json {
+                args.push("--json");
+            }
+            cargo::run(&args)
+        }
+        Command::Demo { keep, remove } => {
+            setup::ensure()?;
+            build_ebpf::run(false)?;
+            cargo::run(&["build", "--release", "-p", "lb-agent", "-p", "lb-test", "--bins"])?;
+            let mut args = vec!["run", "--quiet", "--release", "-p", "lb-test", "--bin", "demo", "--"];
+            args.extend(keep.then_some("--keep"));
+            args.extend(remove.then_some("--remove"));
+            cargo::run(&args)
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! `check`: what a commit has to pass, without root.
+
+use anyhow::Result;
+
+use crate::{build_ebpf, cargo, tidy};
+
+/// Crates with tests that need no root.
+pub const UNPRIVILEGED: [&str; 4] = ["xtask", "lb-common", "lb-core", "lb-agent"];
+
+/// Formats (checks), lints, tidies, tests.
+pub fn run() -> Result<()> {
+    cargo::run(&["fmt", "--all", "--check"])?;
+    build_ebpf::run(false)?;
+    cargo::run(&["clippy", "--quiet", "--workspace", "--exclude", "lb-ebpf", "--all-targets", "--", "-Dwarnings"])?;
+    tidy::run()?;
+    let mut args = vec!["test", "--quiet"];
+    UNPRIVILEGED.iter().for_each(|name| args.extend(["-p", name]));
+    cargo::run(&args)
+}
