@@ -1,10 +1,16 @@
 //! What a node should serve, decided once, by pure code.
 //!
 //! No clock, no environment, no file system, no async: inputs come in as arguments, unusual input yields a
-//! [`model::Warning`], never an error. The agent feeds [`model::Event`]s in and hands [`table::ServiceTable`]s to a
-//! datapath.
+//! [`model::Warning`], never an error. The agent feeds [`model::Event`]s to a [`compile::Compiler`] and hands its
+//! [`table::ServiceTable`] to a datapath.
 
 #![forbid(unsafe_code)]
 
+pub mod compile;
+mod display;
+pub mod ids;
 pub mod model;
+mod pods;
+pub mod snapshot;
+pub mod synthetic;
 pub mod table;

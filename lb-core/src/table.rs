@@ -150,6 +150,8 @@ pub struct Backend {
     pub port: u16,
     /// The endpoint is on this node.
     pub local: bool,
+    /// The address is one of this node's own: a host-network endpoint.
+    pub own_address: bool,
     /// The endpoint is terminating; listed only when no ready one is left.
     pub terminating: bool,
 }

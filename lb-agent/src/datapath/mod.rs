@@ -1,5 +1,7 @@
 //! A datapath carries a [`ServiceTable`] out; it decides nothing.
 
+pub mod ebpf;
+
 use std::fmt;
 
 use lb_core::table::{Changes, ServiceTable};

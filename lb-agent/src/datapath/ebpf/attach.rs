@@ -1,0 +1,360 @@
+//! Attaches programs to devices and to the cgroup tree, by links that are pinned and so outlive the agent.
+//!
+//! A link that an earlier agent pinned gets the new program in one step: there is no moment without one.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use aya::programs::{
+    SchedClassifier, TcAttachType,
+    tc::{self, NlOptions, TcAttachOptions, TcHandle},
+};
+use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
+
+use super::{
+    load::Programs,
+    maps::{PINNED, Pins},
+    sys::{self, attach_type},
+};
+use crate::{
+    datapath::DatapathError,
+    netlink::{Device, DeviceClass},
+};
+
+/// How XDP is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum XdpMode {
+    /// In the driver, else generic, else not at all.
+    Auto,
+    /// In the driver or not at all.
+    Native,
+    /// In the stack, before tc.
+    Generic,
+    /// Not at all: tc does everything.
+    Off,
+}
+
+/// One hook, for `status`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// Device name, or the cgroup path.
+    pub target: String,
+    /// Which hook.
+    pub hook: String,
+    /// `tcx`, `clsact`, `native`, `generic`, `link`, or `-` for nothing.
+    pub mode: String,
+    /// Why not something better.
+    pub reason: String,
+}
+
+const SOCK_HOOKS: [(&str, &str, u32); 8] = [
+    ("connect4", "lb_connect4", attach_type::CGROUP_INET4_CONNECT),
+    ("connect6", "lb_connect6", attach_type::CGROUP_INET6_CONNECT),
+    ("sendmsg4", "lb_sendmsg4", attach_type::CGROUP_UDP4_SENDMSG),
+    ("sendmsg6", "lb_sendmsg6", attach_type::CGROUP_UDP6_SENDMSG),
+    ("recvmsg4", "lb_recvmsg4", attach_type::CGROUP_UDP4_RECVMSG),
+    ("recvmsg6", "lb_recvmsg6", attach_type::CGROUP_UDP6_RECVMSG),
+    ("getpeername4", "lb_getpeername4", attach_type::CGROUP_INET4_GETPEERNAME),
+    ("getpeername6", "lb_getpeername6", attach_type::CGROUP_INET6_GETPEERNAME),
+];
+
+/// `XDP_FLAGS_SKB_MODE`, `XDP_FLAGS_DRV_MODE` (`include/uapi/linux/if_link.h`).
+const XDP_GENERIC: u32 = 1 << 1;
+const XDP_NATIVE: u32 = 1 << 2;
+
+/// Preference and handle of our filters on a clsact qdisc.
+const CLSACT_PRIORITY: u16 = 50;
+const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 0x6c62);
+
+/// Keeps programs attached to what should have them.
+pub struct Attacher {
+    pins: Pins,
+    programs: Programs,
+    xdp_mode: XdpMode,
+    attached: BTreeMap<String, Attached>,
+    /// Devices whose XDP program runs in the driver: frames may be sent there.
+    native: BTreeSet<u32>,
+}
+
+impl Attacher {
+    /// Nothing is attached yet, but for what an earlier agent left.
+    pub fn new(pins: Pins, programs: Programs, xdp_mode: XdpMode) -> Self {
+        Self { pins, programs, xdp_mode, attached: BTreeMap::new(), native: BTreeSet::new() }
+    }
+
+    /// Devices that frames may be sent to from XDP.
+    pub fn xdp_targets(&self) -> &BTreeSet<u32> {
+        &self.native
+    }
+
+    /// Attaches the socket programs to a cgroup and all below it.
+    pub fn attach_cgroup(&mut self, root: &Path) -> Result<(), DatapathError> {
+        let failed = |source: io::Error| DatapathError::Kernel {
+            operation: "attach socket programs to cgroup",
+            object: format!("{} (must be a directory of cgroup v2)", root.display()),
+            source: source.into(),
+        };
+        let dir = File::open(root).map_err(failed)?;
+        let id = dir.metadata().map_err(failed)?.ino();
+        for (name, program, kind) in SOCK_HOOKS {
+            let pin = self.pins.links().join(format!("cgroup-{name}"));
+            let program = self.programs.fd(program)?;
+            let same_target = |link: &std::os::fd::OwnedFd| cgroup_of(link).is_ok_and(|known| known == id);
+            replace_or_create(&pin, program, same_target, || {
+                sys::link_create(program, dir.as_raw_fd() as u32, kind, 0)
+            })
+            .map_err(failed)?;
+            self.note(format!("cgroup-{name}"), &root.display().to_string(), &format!("cgroup {name}"), "link", "");
+        }
+        Ok(())
+    }
+
+    /// Attaches to the devices that should have programs, and takes them off all others.
+    pub fn sync(&mut self, devices: &[Device]) {
+        let mut wanted: BTreeSet<String> = SOCK_HOOKS.iter().map(|(name, ..)| format!("cgroup-{name}")).collect();
+        for device in devices {
+            let hooks: [(&str, &'static str, u32); 2] = match device.class {
+                DeviceClass::External => [
+                    ("in", "lb_netdev_in", attach_type::TCX_INGRESS),
+                    ("out", "lb_netdev_out", attach_type::TCX_EGRESS),
+                ],
+                DeviceClass::Pod => [
+                    ("in", "lb_pod_in", attach_type::TCX_INGRESS),
+                    ("out", "lb_pod_out", attach_type::TCX_EGRESS),
+                ],
+                DeviceClass::Other => continue,
+            };
+            for (side, program, kind) in hooks {
+                let name = format!("tcx-{side}-{}", device.ifindex);
+                wanted.insert(name.clone());
+                self.attach_tc(&name, device, program, kind);
+            }
+            if device.class == DeviceClass::External {
+                let name = format!("xdp-{}", device.ifindex);
+                wanted.insert(name.clone());
+                self.attach_xdp(&name, device);
+            }
+        }
+        self.native.retain(|ifindex| devices.iter().any(|device| device.ifindex == *ifindex));
+        self.attached.retain(|name, _| wanted.contains(name));
+        for pin in pinned_links(&self.pins) {
+            let name = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if !wanted.contains(&name) {
+                remove_link(&pin);
+            }
+        }
+        save_status(&self.pins, self.attached.values());
+    }
+
+    fn attach_tc(&mut self, name: &str, device: &Device, program: &'static str, kind: u32) {
+        if self.attached.contains_key(name) {
+            return;
+        }
+        let hook = format!("tc {}", if kind == attach_type::TCX_INGRESS { "ingress" } else { "egress" });
+        let pin = self.pins.links().join(name);
+        let result = self.programs.fd(program).map_err(|error| io::Error::other(error.to_string())).and_then(|fd| {
+            let same_target = |link: &std::os::fd::OwnedFd| on_device(link, device.ifindex);
+            replace_or_create(&pin, fd, same_target, || sys::link_create(fd, device.ifindex, kind, 0))
+        });
+        match result {
+            Ok(()) => self.note(name.into(), &device.name, &hook, "tcx", ""),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                let reason = format!("no TCX ({error}): kernel 6.6 has it");
+                match self.attach_clsact(device, program, kind) {
+                    Ok(()) => self.note(name.into(), &device.name, &hook, "clsact", &reason),
+                    Err(error) => {
+                        self.note(name.into(), &device.name, &hook, "-", &format!("{reason}; clsact: {error:#}"));
+                    }
+                }
+            }
+            Err(error) => self.note(name.into(), &device.name, &hook, "-", &error.to_string()),
+        }
+    }
+
+    /// A filter on a clsact qdisc. It isn't pinned: it lives with the device.
+    fn attach_clsact(&mut self, device: &Device, program: &str, kind: u32) -> anyhow::Result<()> {
+        let side = if kind == attach_type::TCX_INGRESS { TcAttachType::Ingress } else { TcAttachType::Egress };
+        // Fails if it is there already; then it serves as well.
+        let _ = tc::qdisc_add_clsact(&device.name);
+        let _ = tc::qdisc_detach_program(&device.name, side, program);
+        let ebpf = self.programs.tc();
+        let loaded: &mut SchedClassifier =
+            ebpf.program_mut(program).ok_or_else(|| anyhow::anyhow!("no program {program}"))?.try_into()?;
+        let options = NlOptions { priority: CLSACT_PRIORITY, handle: CLSACT_HANDLE, ..NlOptions::default() };
+        let id = loaded.attach_with_options(&device.name, side, TcAttachOptions::Netlink(options))?;
+        // Dropping the link would take the filter off when the agent ends.
+        std::mem::forget(loaded.take_link(id)?);
+        Ok(())
+    }
+
+    fn attach_xdp(&mut self, name: &str, device: &Device) {
+        if self.attached.contains_key(name) {
+            return;
+        }
+        let pin = self.pins.links().join(name);
+        let modes: &[(&str, u32)] = match self.xdp_mode {
+            XdpMode::Off => &[],
+            XdpMode::Auto if device.is_veth => &[],
+            XdpMode::Auto => &[("native", XDP_NATIVE), ("generic", XDP_GENERIC)],
+            XdpMode::Native => &[("native", XDP_NATIVE)],
+            XdpMode::Generic => &[("generic", XDP_GENERIC)],
+        };
+        let mut reason = match self.xdp_mode {
+            XdpMode::Off => "--xdp-mode off".to_owned(),
+            XdpMode::Auto if device.is_veth => {
+                "frames from a veth's local peer can carry partial checksums, which XDP cannot see".to_owned()
+            }
+            _ => String::new(),
+        };
+        for (mode, flags) in modes {
+            let result =
+                self.programs.fd("lb_xdp").map_err(|error| io::Error::other(error.to_string())).and_then(|fd| {
+                    let same_target = |link: &std::os::fd::OwnedFd| on_device(link, device.ifindex);
+                    replace_or_create(&pin, fd, same_target, || {
+                        sys::link_create(fd, device.ifindex, attach_type::XDP, *flags)
+                    })
+                });
+            match result {
+                Ok(()) => {
+                    if *mode == "native" {
+                        self.native.insert(device.ifindex);
+                    }
+                    self.note(name.into(), &device.name, "xdp", mode, &reason);
+                    return;
+                }
+                Err(error) => {
+                    if !reason.is_empty() {
+                        reason.push_str("; ");
+                    }
+                    reason.push_str(&format!("{mode}: {error}"));
+                }
+            }
+        }
+        remove_link(&pin);
+        self.note(name.into(), &device.name, "xdp", "-", &reason);
+    }
+
+    /// Remembers and logs, once, how a hook was attached.
+    fn note(&mut self, name: String, target: &str, hook: &str, mode: &str, reason: &str) {
+        let attached =
+            Attached { target: target.into(), hook: hook.into(), mode: mode.into(), reason: reason.into() };
+        if mode == "-" && hook != "xdp" {
+            warn!(target = %target, hook, reason, "not attached");
+        } else {
+            info!(target = %target, hook, mode, reason, "attached");
+        }
+        self.attached.insert(name, attached);
+    }
+}
+
+/// Puts the program into the pinned link if there is one on the right target, else makes and pins a new link.
+fn replace_or_create(
+    pin: &Path,
+    program: std::os::fd::BorrowedFd<'_>,
+    same_target: impl Fn(&std::os::fd::OwnedFd) -> bool,
+    create: impl Fn() -> io::Result<std::os::fd::OwnedFd>,
+) -> io::Result<()> {
+    if let Ok(link) = sys::get(pin) {
+        if same_target(&link) {
+            return sys::link_update(link.as_fd(), program);
+        }
+        remove_link(pin);
+    }
+    let link = create()?;
+    sys::pin(link.as_fd(), pin)
+}
+
+fn on_device(link: &std::os::fd::OwnedFd, ifindex: u32) -> bool {
+    sys::link_info(link.as_fd()).is_ok_and(|info| info.link_type != sys::LINK_CGROUP && info.ifindex == ifindex)
+}
+
+/// The id of the cgroup a link hangs on: its directory's inode (`kernfs_node_id`).
+fn cgroup_of(link: &std::os::fd::OwnedFd) -> io::Result<u64> {
+    sys::link_info(link.as_fd()).map(|info| info.cgroup_id)
+}
+
+fn pinned_links(pins: &Pins) -> Vec<PathBuf> {
+    let entries = fs::read_dir(pins.links()).into_iter().flatten().filter_map(Result::ok);
+    entries.map(|entry| entry.path()).collect()
+}
+
+/// Takes a pinned link off and forgets it.
+fn remove_link(pin: &Path) {
+    if let Ok(link) = sys::get(pin) {
+        let _ = sys::link_detach(link.as_fd());
+    }
+    let _ = fs::remove_file(pin);
+}
+
+/// Removes everything of ours: links, filters, maps, directories, whatever their layout version.
+pub fn remove_all(pins: &Pins) -> Result<(), DatapathError> {
+    let failed = |path: &Path, source: io::Error| DatapathError::Kernel {
+        operation: "remove",
+        object: path.display().to_string(),
+        source: source.into(),
+    };
+    let read = |dir: &Path| -> Vec<PathBuf> {
+        fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path()).collect()
+    };
+    let is_version = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        name.strip_prefix('v').is_some_and(|digits| digits.parse::<u32>().is_ok())
+    };
+    for version in read(pins.root()).into_iter().filter(is_version) {
+        let links = version.join("links");
+        for link in read(&links) {
+            remove_link(&link);
+        }
+        let _ = fs::remove_dir(&links);
+        for map in PINNED {
+            let path = version.join(map);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&path, error)),
+                _ => {}
+            }
+        }
+        fs::remove_dir(&version).map_err(|source| failed(&version, source))?;
+    }
+    for device in read(Path::new("/sys/class/net")) {
+        let name = device.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        for program in ["lb_netdev_in", "lb_pod_in"] {
+            let _ = tc::qdisc_detach_program(&name, TcAttachType::Ingress, program);
+        }
+        for program in ["lb_netdev_out", "lb_pod_out"] {
+            let _ = tc::qdisc_detach_program(&name, TcAttachType::Egress, program);
+        }
+    }
+    let _ = fs::remove_dir(pins.root());
+    let _ = fs::remove_file(status_file(pins));
+    Ok(())
+}
+
+/// Where the reasons are kept that links can't tell.
+fn status_file(pins: &Pins) -> PathBuf {
+    let name = pins.root().display().to_string().trim_start_matches('/').replace('/', "-");
+    Path::new("/run/lb").join(format!("{name}.json"))
+}
+
+fn save_status<'a>(pins: &Pins, attached: impl Iterator<Item = &'a Attached>) {
+    let path = status_file(pins);
+    let rows: Vec<&Attached> = attached.collect();
+    let saved = fs::create_dir_all("/run/lb")
+        .and_then(|()| fs::write(&path, serde_json::to_vec_pretty(&rows).unwrap_or_default()));
+    if let Err(error) = saved {
+        warn!(path = %path.display(), %error, "status is not saved; `lb-agent status` will not know the reasons");
+    }
+}
+
+/// What the last agent attached, and why.
+pub fn read_status(pins: &Pins) -> Vec<Attached> {
+    fs::read(status_file(pins)).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
+}

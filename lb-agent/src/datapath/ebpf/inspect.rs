@@ -1,0 +1,1 @@
+//! Reads the pinned maps for people: no agent has to run.

@@ -1,0 +1,295 @@
+//! The maps from user space: typed handles, and one pin path for each.
+
+use std::{
+    borrow::BorrowMut,
+    fs, io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray},
+};
+use lb_common::{
+    abi::{
+        Addr4, Addr6, BackendValue, DeviceValue, FlowKey, FlowValue, FrontendKey, FrontendValue, LAYOUT_VERSION,
+        NodeConfig, SourceRangeData, VipKey, VipValue,
+    },
+    hash::VIP_FILTER_BITS,
+    outcome::{Hook, METRICS_LEN, OUTCOMES_PER_HOOK, Outcome},
+};
+use lb_core::model::Family;
+
+use crate::datapath::DatapathError;
+
+/// A `bytemuck` type as aya wants it.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wire<T>(pub T);
+
+// SAFETY: transparent over a type whose every bit pattern is a value.
+unsafe impl<T: bytemuck::Pod> aya::Pod for Wire<T> {}
+
+/// Every pinned map.
+pub const PINNED: [&str; 19] = [
+    "VIP_FILTER",
+    "LB4_FRONTENDS",
+    "LB6_FRONTENDS",
+    "LB4_VIPS",
+    "LB6_VIPS",
+    "SLOTS",
+    "LB4_BACKENDS",
+    "LB6_BACKENDS",
+    "LB4_FLOWS",
+    "LB6_FLOWS",
+    "AFFINITY",
+    "LB4_SOURCE_RANGES",
+    "LB6_SOURCE_RANGES",
+    "NODE",
+    "DEVICES",
+    "METRICS",
+    "SOCK_PEERS",
+    "SOCK_FLOWS",
+    "TRACE",
+];
+
+/// Where everything of one node is pinned.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    root: PathBuf,
+}
+
+impl Pins {
+    /// Pins under `root`, in a directory of this layout version.
+    pub fn new(root: &Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
+    /// The directory of this layout version.
+    pub fn dir(&self) -> PathBuf {
+        self.root.join(format!("v{LAYOUT_VERSION}"))
+    }
+
+    /// A map's pin.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.dir().join(name)
+    }
+
+    /// The links' directory.
+    pub fn links(&self) -> PathBuf {
+        self.dir().join("links")
+    }
+
+    /// The directory of all versions.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Makes the directories.
+    pub fn create(&self) -> Result<(), DatapathError> {
+        fs::create_dir_all(self.links()).map_err(|source| DatapathError::Kernel {
+            operation: "make the pin directory",
+            object: format!("{} (is bpffs mounted there?)", self.links().display()),
+            source: source.into(),
+        })
+    }
+}
+
+/// One family's maps.
+pub struct FamilyMaps<A: 'static>
+where
+    Wire<FrontendKey<A>>: aya::Pod,
+    Wire<VipKey<A>>: aya::Pod,
+    Wire<BackendValue<A>>: aya::Pod,
+    Wire<SourceRangeData<A>>: aya::Pod,
+{
+    /// Frontends.
+    pub frontends: HashMap<MapData, Wire<FrontendKey<A>>, Wire<FrontendValue>>,
+    /// Addresses with frontends.
+    pub vips: HashMap<MapData, Wire<VipKey<A>>, Wire<VipValue>>,
+    /// Backends by id.
+    pub backends: Array<MapData, Wire<BackendValue<A>>>,
+    /// Source ranges of load-balancer frontends.
+    pub source_ranges: LpmTrie<MapData, Wire<SourceRangeData<A>>, u32>,
+}
+
+/// The maps the agent writes.
+pub struct Maps {
+    /// IPv4.
+    pub v4: FamilyMaps<Addr4>,
+    /// IPv6.
+    pub v6: FamilyMaps<Addr6>,
+    /// Backend ids.
+    pub slots: Array<MapData, u32>,
+    /// VIP filter words.
+    pub filter: Array<MapData, u64>,
+}
+
+macro_rules! open {
+    ($pins:expr, $name:expr, $kind:ident) => {{
+        let path = $pins.map($name);
+        let data = MapData::from_pin(&path).map_err(|source| map_error("open pinned", $name, source))?;
+        Map::$kind(data).try_into().map_err(|source: MapError| map_error("open", $name, source))?
+    }};
+}
+
+impl Maps {
+    /// Opens the pinned maps.
+    pub fn open(pins: &Pins) -> Result<Self, DatapathError> {
+        Ok(Self {
+            v4: FamilyMaps {
+                frontends: open!(pins, "LB4_FRONTENDS", HashMap),
+                vips: open!(pins, "LB4_VIPS", HashMap),
+                backends: open!(pins, "LB4_BACKENDS", Array),
+                source_ranges: open!(pins, "LB4_SOURCE_RANGES", LpmTrie),
+            },
+            v6: FamilyMaps {
+                frontends: open!(pins, "LB6_FRONTENDS", HashMap),
+                vips: open!(pins, "LB6_VIPS", HashMap),
+                backends: open!(pins, "LB6_BACKENDS", Array),
+                source_ranges: open!(pins, "LB6_SOURCE_RANGES", LpmTrie),
+            },
+            slots: open!(pins, "SLOTS", Array),
+            filter: open!(pins, "VIP_FILTER", Array),
+        })
+    }
+
+    /// Places in the slot array.
+    pub fn slots_len(&self) -> u32 {
+        self.slots.len()
+    }
+
+    /// Backend ids of a family, 0 included.
+    pub fn backends_len(&self, family: Family) -> u32 {
+        match family {
+            Family::V4 => self.v4.backends.len(),
+            Family::V6 => self.v6.backends.len(),
+        }
+    }
+
+    /// Words of the VIP filter.
+    pub fn filter_words() -> u32 {
+        VIP_FILTER_BITS / 64
+    }
+}
+
+/// Facts about the node, and its devices.
+pub struct NodeMaps {
+    node: Array<MapData, Wire<NodeConfig>>,
+    devices: HashMap<MapData, u32, Wire<DeviceValue>>,
+}
+
+impl NodeMaps {
+    /// Opens the pinned maps.
+    pub fn open(pins: &Pins) -> Result<Self, DatapathError> {
+        Ok(Self { node: open!(pins, "NODE", Array), devices: open!(pins, "DEVICES", HashMap) })
+    }
+
+    /// The node's facts as the programs see them.
+    pub fn node(&self) -> Result<NodeConfig, DatapathError> {
+        self.node.get(&0, 0).map(|wire| wire.0).map_err(|source| map_error("read", "NODE", source))
+    }
+
+    /// Writes the node's facts.
+    pub fn set_node(&mut self, node: NodeConfig) -> Result<(), DatapathError> {
+        self.node.set(0, Wire(node), 0).map_err(|source| map_error("update", "NODE", source))
+    }
+
+    /// Writes the devices, and forgets all others.
+    pub fn set_devices(&mut self, devices: &[(u32, DeviceValue)]) -> Result<(), DatapathError> {
+        for (ifindex, device) in devices {
+            self.devices
+                .insert(ifindex, Wire(*device), 0)
+                .map_err(|source| map_error("update", "DEVICES", source))?;
+        }
+        let gone: Vec<u32> = self
+            .devices
+            .keys()
+            .filter_map(Result::ok)
+            .filter(|ifindex| !devices.iter().any(|(known, _)| known == ifindex))
+            .collect();
+        for ifindex in gone {
+            let _ = self.devices.remove(&ifindex);
+        }
+        Ok(())
+    }
+}
+
+/// The flows of one family, by pin: they change under us.
+pub type Flows<A> = HashMap<MapData, Wire<FlowKey<A>>, Wire<FlowValue<A>>>;
+
+/// Opens the flow tables.
+pub fn open_flows(pins: &Pins) -> Result<(Flows<Addr4>, Flows<Addr6>), DatapathError> {
+    Ok((open!(pins, "LB4_FLOWS", LruHashMap), open!(pins, "LB6_FLOWS", LruHashMap)))
+}
+
+/// Every counter that isn't zero, summed over CPUs.
+pub fn metrics(pins: &Pins) -> Result<Vec<(Hook, Outcome, u64)>, DatapathError> {
+    let counters: PerCpuArray<MapData, u64> = open!(pins, "METRICS", PerCpuArray);
+    let mut sums = Vec::new();
+    for hook in Hook::ALL {
+        for outcome in Outcome::ALL {
+            let index = *hook as u32 * OUTCOMES_PER_HOOK + *outcome as u32;
+            debug_assert!(index < METRICS_LEN);
+            let values = counters.get(&index, 0).map_err(|source| map_error("read", "METRICS", source))?;
+            let sum: u64 = values.iter().sum();
+            if sum > 0 {
+                sums.push((*hook, *outcome, sum));
+            }
+        }
+    }
+    Ok(sums)
+}
+
+/// Sets a single-entry array of a loaded object.
+pub fn set_first<T: bytemuck::Pod>(ebpf: &mut Ebpf, name: &str, value: T) -> Result<(), DatapathError> {
+    let Some(map) = ebpf.map_mut(name) else { return Ok(()) };
+    let mut array: Array<_, Wire<T>> =
+        Array::try_from(map.borrow_mut()).map_err(|source| map_error("open", name, source))?;
+    array.set(0, Wire(value), 0).map_err(|source| map_error("update", name, source))
+}
+
+/// An aya map error as ours.
+pub fn map_error(operation: &'static str, map: &str, source: MapError) -> DatapathError {
+    let source = match source {
+        MapError::SyscallError(error) => error.io_error,
+        MapError::OutOfBounds { index, max_entries } => {
+            io::Error::other(format!("index {index} is beyond its {max_entries} entries"))
+        }
+        other => io::Error::other(other),
+    };
+    DatapathError::Map { operation, map: map.to_owned(), source }
+}
+
+/// An address of one family, or nothing.
+pub trait WireAddr: Copy + Ord {
+    /// From an address.
+    fn from_ip(addr: IpAddr) -> Option<Self>;
+    /// To an address.
+    fn to_ip(self) -> IpAddr;
+}
+
+impl WireAddr for Addr4 {
+    fn from_ip(addr: IpAddr) -> Option<Self> {
+        match addr {
+            IpAddr::V4(addr) => Some(addr.octets()),
+            IpAddr::V6(_) => None,
+        }
+    }
+    fn to_ip(self) -> IpAddr {
+        IpAddr::from(self)
+    }
+}
+
+impl WireAddr for Addr6 {
+    fn from_ip(addr: IpAddr) -> Option<Self> {
+        match addr {
+            IpAddr::V6(addr) => Some(addr.octets()),
+            IpAddr::V4(_) => None,
+        }
+    }
+    fn to_ip(self) -> IpAddr {
+        IpAddr::from(self)
+    }
+}

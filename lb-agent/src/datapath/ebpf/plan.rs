@@ -1,0 +1,566 @@
+//! From a table to a list of map writes. Pure: what the kernel holds now is a value here.
+//!
+//! The order of writes keeps every prefix safe: a frontend never points to a slot without a live backend.
+//!
+//! 1. backends: nothing points to new ones yet;
+//! 2. slots, in fresh places: nothing points there yet;
+//! 3. source ranges: before the frontend that asks for them;
+//! 4. VIPs and filter bits: a packet that finds no frontend yet is handled as before;
+//! 5. frontends: each flips to its new slots in one write;
+//! 6. frontends that are gone, then their VIPs and source ranges;
+//! 7. backends that are gone: nothing points to them any more.
+//!
+//! Old slots are reused by the next plan at the earliest: a program that has just read the old frontend still reads
+//! valid ids there.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use ipnet::IpNet;
+use lb_common::{
+    abi::{FrontendValue, SlotRange, backend_flags, frontend_flags as flag, vip_kind},
+    hash,
+};
+use lb_core::{
+    ids::{IdPool, RangePool},
+    model::Family,
+    table::{
+        Backend, BackendList, Changes, Frontend, FrontendAddr, FrontendKind, Masquerade, NoBackends, ServiceEntry,
+        ServicePortId, ServiceTable, VipKind,
+    },
+};
+
+use crate::datapath::Refused;
+
+/// One write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Writes a backend; flags 0 empties the place.
+    Backend(Family, u32, PlannedBackend),
+    /// Writes backend ids from a slot on.
+    Slots(u32, Vec<u32>),
+    /// Allows a source range.
+    SourceRange(u32, IpNet),
+    /// Writes a VIP and sets its filter bit.
+    Vip(IpAddr, u32),
+    /// Writes a frontend.
+    Frontend(FrontendAddr, FrontendValue),
+    /// Deletes a frontend.
+    DeleteFrontend(FrontendAddr),
+    /// Deletes a VIP. Its filter bit stays: flows may still need it, and it costs a lookup at most.
+    DeleteVip(IpAddr),
+    /// Deletes a source range.
+    DeleteSourceRange(u32, IpNet),
+}
+
+/// A backend as planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlannedBackend {
+    /// Address.
+    pub addr: IpAddr,
+    /// Port.
+    pub port: u16,
+    /// `backend_flags`.
+    pub flags: u8,
+    /// Its service port.
+    pub service_id: u32,
+    /// See the map's ABI.
+    pub generation: u32,
+}
+
+/// Sizes of the maps.
+#[derive(Clone, Copy, Debug)]
+pub struct Capacity {
+    /// Places in `SLOTS`.
+    pub slots: u32,
+    /// Ids in `LB4_BACKENDS`.
+    pub backends4: u32,
+    /// Ids in `LB6_BACKENDS`.
+    pub backends6: u32,
+    /// Frontends per family.
+    pub frontends: usize,
+}
+
+/// What the kernel holds, as an agent that starts finds it.
+#[derive(Clone, Debug, Default)]
+pub struct Actual {
+    /// Frontends.
+    pub frontends: BTreeMap<FrontendAddr, FrontendValue>,
+    /// Backend ids in the slots that frontends point to.
+    pub slots: BTreeMap<u32, u32>,
+    /// Backends of those ids, and all others that are alive.
+    pub backends: BTreeMap<(Family, u32), PlannedBackend>,
+    /// VIPs.
+    pub vips: BTreeMap<IpAddr, u32>,
+    /// Source ranges.
+    pub source_ranges: BTreeSet<(u32, IpNet)>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct List {
+    range: SlotRange,
+    ids: Vec<u32>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Programmed {
+    service_id: u32,
+    affinity_secs: u32,
+    /// Id and value by address.
+    backends: BTreeMap<(IpAddr, u16), (u32, PlannedBackend)>,
+    cluster: List,
+    local: List,
+    source_ranges: BTreeSet<IpNet>,
+    frontends: BTreeSet<FrontendAddr>,
+}
+
+/// The programmed state and the pools behind it.
+pub struct Planner {
+    capacity: Capacity,
+    programmed: BTreeMap<ServicePortId, Programmed>,
+    frontends: BTreeMap<FrontendAddr, (Option<ServicePortId>, FrontendValue)>,
+    vips: BTreeMap<IpAddr, u32>,
+    service_ids: IdPool,
+    backend_ids: [IdPool; 2],
+    /// Generation of every backend place that was ever taken.
+    generations: BTreeMap<(Family, u32), u32>,
+    slots: RangePool,
+    retired: Vec<SlotRange>,
+    /// Found in the kernel and claimed by no service of the first table.
+    orphans: Vec<((Family, u32), PlannedBackend)>,
+    orphan_ranges: Vec<(u32, IpNet)>,
+}
+
+/// Service ids are 32 bits wide; this many are plenty.
+const SERVICE_IDS: u32 = 1 << 24;
+
+impl Planner {
+    /// Starts from what the kernel holds: `table` says which of it to keep.
+    pub fn adopt(capacity: Capacity, actual: Actual, table: &ServiceTable) -> Self {
+        let mut planner = Self {
+            capacity,
+            programmed: BTreeMap::new(),
+            frontends: BTreeMap::new(),
+            vips: actual.vips.clone(),
+            service_ids: IdPool::new(SERVICE_IDS),
+            backend_ids: [IdPool::new(capacity.backends4), IdPool::new(capacity.backends6)],
+            generations: actual.backends.iter().map(|(key, backend)| (*key, backend.generation)).collect(),
+            slots: RangePool::new(capacity.slots),
+            retired: Vec::new(),
+            orphans: Vec::new(),
+            orphan_ranges: Vec::new(),
+        };
+        for ((family, id), backend) in &actual.backends {
+            if backend.flags & backend_flags::ALIVE != 0 {
+                planner.backend_ids[index(*family)].reserve(*id);
+            }
+        }
+        let mut ranges: BTreeSet<(u32, u32)> = BTreeSet::new();
+        for value in actual.frontends.values() {
+            planner.service_ids.reserve(value.service_id);
+            ranges.extend([value.external, value.internal].iter().filter(|r| r.count > 0).map(|r| (r.first, r.count)));
+        }
+        ranges.retain(|(first, count)| planner.slots.reserve(*first, *count));
+        planner.adopt_services(&actual, table, &mut ranges);
+        planner.retired.extend(ranges.into_iter().map(|(first, count)| SlotRange { first, count }));
+        planner
+    }
+
+    fn adopt_services(&mut self, actual: &Actual, table: &ServiceTable, ranges: &mut BTreeSet<(u32, u32)>) {
+        let mut owners: BTreeMap<u32, ServicePortId> = BTreeMap::new();
+        for (addr, frontend) in &table.frontends {
+            let Some(value) = actual.frontends.get(addr) else { continue };
+            if owners.contains_key(&value.service_id) || self.programmed.contains_key(&frontend.service) {
+                continue;
+            }
+            owners.insert(value.service_id, frontend.service.clone());
+            let mut programmed = Programmed {
+                service_id: value.service_id,
+                affinity_secs: value.affinity_secs,
+                ..Programmed::default()
+            };
+            for (range, local) in [
+                (value.external, value.flags & flag::EXTERNAL_LOCAL_LIST != 0),
+                (value.internal, value.flags & flag::INTERNAL_LOCAL_LIST != 0),
+            ] {
+                if range.count > 0 && ranges.remove(&(range.first, range.count)) {
+                    let ids = (range.first..range.first + range.count)
+                        .filter_map(|slot| actual.slots.get(&slot).copied())
+                        .collect();
+                    let list = List { range, ids };
+                    if local { programmed.local = list } else { programmed.cluster = list }
+                }
+            }
+            self.programmed.insert(frontend.service.clone(), programmed);
+        }
+        for (key @ (family, _), backend) in &actual.backends {
+            let owner = owners.get(&backend.service_id).filter(|owner| owner.family == *family);
+            match owner.and_then(|owner| self.programmed.get_mut(owner)) {
+                Some(programmed) if backend.flags & backend_flags::ALIVE != 0 => {
+                    programmed.backends.insert((backend.addr, backend.port), (key.1, *backend));
+                }
+                _ if backend.flags & backend_flags::ALIVE != 0 => self.orphans.push((*key, *backend)),
+                _ => {}
+            }
+        }
+        for (service_id, range) in &actual.source_ranges {
+            match owners.get(service_id).and_then(|owner| self.programmed.get_mut(owner)) {
+                Some(programmed) => drop(programmed.source_ranges.insert(*range)),
+                None => self.orphan_ranges.push((*service_id, *range)),
+            }
+        }
+        for (addr, value) in &actual.frontends {
+            let owner = owners.get(&value.service_id).cloned();
+            if let Some(programmed) = owner.as_ref().and_then(|owner| self.programmed.get_mut(owner)) {
+                programmed.frontends.insert(*addr);
+            }
+            self.frontends.insert(*addr, (owner, *value));
+        }
+    }
+
+    /// The writes that lead to `table`, and the service ports for which there is no room.
+    pub fn plan(&mut self, table: &ServiceTable, changes: &Changes) -> (Vec<Op>, Vec<Refused>) {
+        for range in std::mem::take(&mut self.retired) {
+            self.slots.release(range.first, range.count);
+        }
+        let mut refused = Vec::new();
+        let mut writes = Writes::default();
+        let mut flips: BTreeSet<FrontendAddr> = changes.frontends.clone();
+        for id in &changes.services {
+            if let Some(entry) = table.services.get(id) {
+                match self.plan_service(id, entry, &mut writes) {
+                    Ok(changed) if changed => {
+                        flips.extend(self.programmed.get(id).into_iter().flat_map(|p| p.frontends.iter().copied()));
+                    }
+                    Ok(_) => {}
+                    Err(reason) => refused.push(Refused { service: id.clone(), reason }),
+                }
+            }
+        }
+        self.plan_vips(table, changes, &mut writes);
+        for addr in flips {
+            match table.frontends.get(&addr) {
+                Some(frontend) => {
+                    if let Err(reason) = self.plan_frontend(addr, frontend, &mut writes) {
+                        refused.push(Refused { service: frontend.service.clone(), reason });
+                    }
+                }
+                None => self.forget_frontend(addr, &mut writes),
+            }
+        }
+        for id in changes.services.iter().filter(|id| !table.services.contains_key(*id)) {
+            self.forget_service(id, &mut writes);
+        }
+        for ((family, id), backend) in std::mem::take(&mut self.orphans) {
+            self.kill(family, id, backend, &mut writes);
+        }
+        writes.delete_ranges.extend(std::mem::take(&mut self.orphan_ranges).into_iter().map(|(id, net)| Op::DeleteSourceRange(id, net)));
+        refused.dedup();
+        (writes.in_order(), refused)
+    }
+
+    /// Frontends and VIPs that the kernel has and the table hasn't: changes of the first plan.
+    pub fn leftovers(&self, table: &ServiceTable) -> Changes {
+        let mut changes = Changes::default();
+        changes.frontends.extend(self.frontends.keys().filter(|addr| !table.frontends.contains_key(addr)));
+        changes.vips.extend(self.vips.keys().filter(|addr| !table.vips.contains_key(addr)));
+        changes.services.extend(self.programmed.keys().filter(|id| !table.services.contains_key(id)).cloned());
+        changes
+    }
+
+    /// Backends, slots and affinity of one service port; says whether its frontends must be written.
+    fn plan_service(&mut self, id: &ServicePortId, entry: &ServiceEntry, writes: &mut Writes) -> Result<bool, String> {
+        let mut programmed = match self.programmed.remove(id) {
+            Some(programmed) => programmed,
+            None => {
+                let service_id = self.service_ids.take().ok_or("all service ids are taken")?;
+                Programmed { service_id, ..Programmed::default() }
+            }
+        };
+        let result = self.plan_backends(id.family, entry, &mut programmed, writes);
+        self.programmed.insert(id.clone(), programmed);
+        result
+    }
+
+    fn plan_backends(
+        &mut self,
+        family: Family,
+        entry: &ServiceEntry,
+        programmed: &mut Programmed,
+        writes: &mut Writes,
+    ) -> Result<bool, String> {
+        let desired = flags_by_addr(entry);
+        for ((addr, port), flags) in &desired {
+            let value = |generation| PlannedBackend {
+                addr: *addr,
+                port: *port,
+                flags: *flags,
+                service_id: programmed.service_id,
+                generation,
+            };
+            match programmed.backends.get_mut(&(*addr, *port)) {
+                Some((_, known)) if known.flags == *flags => {}
+                Some((id, known)) => {
+                    *known = value(known.generation);
+                    writes.backends.push(Op::Backend(family, *id, *known));
+                }
+                None => {
+                    let id = self.backend_ids[index(family)].take().ok_or_else(|| {
+                        format!("all {} backend places of {family} are taken", self.capacity.backends(family))
+                    })?;
+                    let generation = self.next_generation(family, id);
+                    writes.backends.push(Op::Backend(family, id, value(generation)));
+                    programmed.backends.insert((*addr, *port), (id, value(generation)));
+                }
+            }
+        }
+        let affinity_secs = entry.affinity_secs.unwrap_or(0);
+        let mut changed = programmed.affinity_secs != affinity_secs;
+        programmed.affinity_secs = affinity_secs;
+        for local in [false, true] {
+            let backends = if local { &entry.local } else { &entry.cluster };
+            let ids: Vec<u32> = backends
+                .iter()
+                .filter_map(|backend| programmed.backends.get(&(backend.addr, backend.port)).map(|(id, _)| *id))
+                .collect();
+            let list = if local { &mut programmed.local } else { &mut programmed.cluster };
+            if list.ids == ids {
+                continue;
+            }
+            let mut range = SlotRange::default();
+            if !ids.is_empty() {
+                let count = u32::try_from(ids.len()).map_err(|_| "too many backends")?;
+                let first = self
+                    .slots
+                    .take(count)
+                    .ok_or_else(|| format!("no run of {count} free slots is left of {}", self.capacity.slots))?;
+                range = SlotRange { first, count };
+                writes.slots.push(Op::Slots(first, ids.clone()));
+            }
+            let old = std::mem::replace(list, List { range, ids });
+            if old.range.count > 0 {
+                self.retired.push(old.range);
+            }
+            changed = true;
+        }
+        let gone: Vec<(IpAddr, u16)> =
+            programmed.backends.keys().filter(|key| !desired.contains_key(*key)).copied().collect();
+        for key in gone {
+            if let Some((id, backend)) = programmed.backends.remove(&key) {
+                self.kill(family, id, backend, writes);
+            }
+        }
+        Ok(changed)
+    }
+
+    fn plan_vips(&mut self, table: &ServiceTable, changes: &Changes, writes: &mut Writes) {
+        for addr in &changes.vips {
+            let desired = table.vips.get(addr).map(|kind| match kind {
+                VipKind::Vip => vip_kind::VIP,
+                VipKind::NodeAddress => vip_kind::NODE_ADDRESS,
+            });
+            match desired {
+                Some(kind) if self.vips.get(addr) == Some(&kind) => {}
+                Some(kind) => {
+                    self.vips.insert(*addr, kind);
+                    writes.vips.push(Op::Vip(*addr, kind));
+                }
+                None => {
+                    if self.vips.remove(addr).is_some() {
+                        writes.delete_vips.push(Op::DeleteVip(*addr));
+                    }
+                }
+            }
+        }
+    }
+
+    fn plan_frontend(&mut self, addr: FrontendAddr, frontend: &Frontend, writes: &mut Writes) -> Result<(), String> {
+        if let Some((Some(owner), _)) = self.frontends.get(&addr)
+            && *owner != frontend.service
+            && let Some(owner) = self.programmed.get_mut(owner)
+        {
+            owner.frontends.remove(&addr);
+        }
+        let known = self.frontends.contains_key(&addr);
+        if !known && self.frontends.len() >= self.capacity.frontends {
+            return Err(format!("{addr}: all {} frontend places are taken", self.capacity.frontends));
+        }
+        let Some(programmed) = self.programmed.get_mut(&frontend.service) else {
+            return Err(format!("{addr}: its service port has no place"));
+        };
+        let added: Vec<IpNet> =
+            frontend.source_ranges.iter().filter(|net| programmed.source_ranges.insert(**net)).copied().collect();
+        writes.ranges.extend(added.into_iter().map(|net| Op::SourceRange(programmed.service_id, net)));
+        if frontend.kind == FrontendKind::LoadBalancer {
+            let service_id = programmed.service_id;
+            let stale: Vec<IpNet> = programmed
+                .source_ranges
+                .iter()
+                .filter(|net| !frontend.source_ranges.contains(net))
+                .copied()
+                .collect();
+            for net in stale {
+                programmed.source_ranges.remove(&net);
+                writes.delete_ranges.push(Op::DeleteSourceRange(service_id, net));
+            }
+        }
+        let value = frontend_value(frontend, programmed);
+        programmed.frontends.insert(addr);
+        let entry = (Some(frontend.service.clone()), value);
+        if self.frontends.get(&addr) != Some(&entry) {
+            let same_value = self.frontends.get(&addr).is_some_and(|(_, known)| *known == value);
+            self.frontends.insert(addr, entry);
+            if !same_value {
+                writes.frontends.push(Op::Frontend(addr, value));
+            }
+        }
+        Ok(())
+    }
+
+    fn forget_frontend(&mut self, addr: FrontendAddr, writes: &mut Writes) {
+        if let Some((owner, _)) = self.frontends.remove(&addr) {
+            writes.delete_frontends.push(Op::DeleteFrontend(addr));
+            if let Some(owner) = owner.and_then(|owner| self.programmed.get_mut(&owner)) {
+                owner.frontends.remove(&addr);
+            }
+        }
+    }
+
+    fn forget_service(&mut self, id: &ServicePortId, writes: &mut Writes) {
+        let Some(programmed) = self.programmed.remove(id) else { return };
+        for addr in &programmed.frontends {
+            self.forget_frontend(*addr, writes);
+        }
+        for (backend_id, backend) in programmed.backends.values() {
+            self.kill(id.family, *backend_id, *backend, writes);
+        }
+        for net in &programmed.source_ranges {
+            writes.delete_ranges.push(Op::DeleteSourceRange(programmed.service_id, *net));
+        }
+        self.retired.extend([programmed.cluster.range, programmed.local.range].iter().filter(|range| range.count > 0));
+        self.service_ids.release(programmed.service_id);
+    }
+
+    fn kill(&mut self, family: Family, id: u32, backend: PlannedBackend, writes: &mut Writes) {
+        let generation = self.next_generation(family, id);
+        writes.kills.push(Op::Backend(family, id, PlannedBackend { flags: 0, generation, ..backend }));
+        self.backend_ids[index(family)].release(id);
+    }
+
+    fn next_generation(&mut self, family: Family, id: u32) -> u32 {
+        let generation = self.generations.entry((family, id)).or_default();
+        *generation = generation.wrapping_add(1);
+        *generation
+    }
+}
+
+impl Capacity {
+    fn backends(&self, family: Family) -> u32 {
+        match family {
+            Family::V4 => self.backends4,
+            Family::V6 => self.backends6,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Writes {
+    backends: Vec<Op>,
+    slots: Vec<Op>,
+    ranges: Vec<Op>,
+    vips: Vec<Op>,
+    frontends: Vec<Op>,
+    delete_frontends: Vec<Op>,
+    delete_vips: Vec<Op>,
+    delete_ranges: Vec<Op>,
+    kills: Vec<Op>,
+}
+
+impl Writes {
+    /// The order of the module's list.
+    fn in_order(self) -> Vec<Op> {
+        [
+            self.backends,
+            self.slots,
+            self.ranges,
+            self.vips,
+            self.frontends,
+            self.delete_frontends,
+            self.delete_vips,
+            self.delete_ranges,
+            self.kills,
+        ]
+        .concat()
+    }
+}
+
+fn index(family: Family) -> usize {
+    match family {
+        Family::V4 => 0,
+        Family::V6 => 1,
+    }
+}
+
+/// Every backend a flow may have, with its flags.
+fn flags_by_addr(entry: &ServiceEntry) -> BTreeMap<(IpAddr, u16), u8> {
+    let mut flags: BTreeMap<(IpAddr, u16), u8> =
+        entry.serving.iter().map(|key| (*key, backend_flags::ALIVE)).collect();
+    let mut add = |backends: &[Backend], list| {
+        for backend in backends {
+            let bits = flags.entry((backend.addr, backend.port)).or_default();
+            *bits |= backend_flags::ALIVE | list;
+            if backend.local {
+                *bits |= backend_flags::LOCAL;
+            }
+            if backend.own_address {
+                *bits |= backend_flags::NODE_ADDRESS;
+            }
+        }
+    };
+    add(&entry.cluster, backend_flags::IN_CLUSTER_LIST);
+    add(&entry.local, backend_flags::IN_LOCAL_LIST);
+    flags
+}
+
+fn frontend_value(frontend: &Frontend, programmed: &Programmed) -> FrontendValue {
+    let range = |list| match list {
+        BackendList::Cluster => programmed.cluster.range,
+        BackendList::Local => programmed.local.range,
+    };
+    let external = &frontend.external;
+    let internal = &frontend.internal;
+    let mut flags = 0;
+    for (holds, bit) in [
+        (external.none == NoBackends::Drop, flag::EXTERNAL_NONE_DROPS),
+        (internal.none == NoBackends::Drop, flag::INTERNAL_NONE_DROPS),
+        (external.masquerade == Masquerade::Remote, flag::EXTERNAL_MASQ_REMOTE),
+        (external.masquerade == Masquerade::Always, flag::EXTERNAL_MASQ_ALWAYS),
+        (internal.masquerade == Masquerade::Always, flag::INTERNAL_MASQ_ALWAYS),
+        (external.list == BackendList::Local, flag::EXTERNAL_LOCAL_LIST),
+        (internal.list == BackendList::Local, flag::INTERNAL_LOCAL_LIST),
+        (!frontend.source_ranges.is_empty(), flag::SOURCE_RANGES),
+        (frontend.source_ranges_allow_host, flag::SOURCE_RANGES_ALLOW_HOST),
+        (frontend.kind == FrontendKind::LocalhostNodePort, flag::HOST_ONLY),
+    ] {
+        if holds {
+            flags |= bit;
+        }
+    }
+    FrontendValue {
+        service_id: programmed.service_id,
+        flags,
+        affinity_secs: programmed.affinity_secs,
+        external: range(external.list),
+        internal: range(internal.list),
+    }
+}
+
+/// The filter bit of an address.
+pub fn filter_bit(addr: IpAddr) -> u32 {
+    match addr {
+        IpAddr::V4(addr) => hash::vip_filter_bit(&addr.octets()),
+        IpAddr::V6(addr) => hash::vip_filter_bit(&addr.octets()),
+    }
+}

@@ -1,0 +1,186 @@
+//! Which frontends a Service has on this node, and how each scope of them is served (kube-proxy 1.36
+//! `serviceport.go`, `iptables/proxier.go`).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+
+use super::{CompileConfig, NodeView, endpoints};
+use crate::{
+    model::{EndpointSlice, Family, Protocol, Service, ServicePort, TrafficPolicy, Warning},
+    table::{
+        BackendList, Frontend, FrontendAddr, FrontendKind, Masquerade, NoBackends, Scope, ServiceEntry, ServicePortId,
+    },
+};
+
+/// One Service, resolved on its own: claims on frontends, not yet weighed against other Services'.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Resolved {
+    pub(super) entries: BTreeMap<ServicePortId, ServiceEntry>,
+    pub(super) frontends: BTreeMap<FrontendAddr, Frontend>,
+    pub(super) warnings: Vec<Warning>,
+}
+
+/// Resolves a Service.
+pub(super) fn resolve(service: &Service, slices: &[EndpointSlice], node: &NodeView, config: &CompileConfig) -> Resolved {
+    let mut resolved = Resolved::default();
+    let vips = vips(service, &mut resolved.warnings);
+    let node_ports = config.node_port_addresses(node);
+    for (index, port) in service.ports.iter().enumerate() {
+        if port.protocol == Protocol::Sctp {
+            resolved.warnings.push(warning(
+                service,
+                format!("spec.ports[{index}].protocol"),
+                "SCTP is not served; the Service's other ports are".into(),
+            ));
+            continue;
+        }
+        for family in [Family::V4, Family::V6] {
+            let of_family = |addr: &&(IpAddr, FrontendKind)| Family::of(addr.0) == family;
+            let mut addrs: Vec<(IpAddr, u16, FrontendKind)> =
+                vips.iter().filter(of_family).map(|(addr, kind)| (*addr, port.port, *kind)).collect();
+            if port.node_port != 0 {
+                addrs.extend(node_ports.iter().filter(of_family).map(|(addr, kind)| (*addr, port.node_port, *kind)));
+            }
+            if !addrs.is_empty() {
+                resolve_port(service, port, family, &addrs, slices, node, config, &mut resolved);
+            }
+        }
+    }
+    resolved
+}
+
+#[expect(clippy::too_many_arguments, reason = "one service port in one family; called from one place")]
+fn resolve_port(
+    service: &Service,
+    port: &ServicePort,
+    family: Family,
+    addrs: &[(IpAddr, u16, FrontendKind)],
+    slices: &[EndpointSlice],
+    node: &NodeView,
+    config: &CompileConfig,
+    resolved: &mut Resolved,
+) {
+    let id = ServicePortId {
+        service: service.name.clone(),
+        port: port.name.clone(),
+        protocol: port.protocol,
+        family,
+    };
+    let externally_accessible = addrs.iter().any(|(_, _, kind)| *kind != FrontendKind::ClusterIp);
+    let found = endpoints::categorize(service, port, family, slices, node, externally_accessible);
+    let scope = |policy: TrafficPolicy, masquerade| Scope {
+        list: match policy {
+            TrafficPolicy::Cluster => BackendList::Cluster,
+            TrafficPolicy::Local => BackendList::Local,
+        },
+        none: if found.has_any { NoBackends::Drop } else { NoBackends::Reject },
+        masquerade,
+    };
+    let ranges: Arc<[IpNet]> = source_ranges(service, family);
+    for (addr, number, kind) in addrs {
+        let all = config.masquerade_all;
+        let (external, internal) = match kind {
+            FrontendKind::ClusterIp => (
+                scope(service.internal_policy, if all { Masquerade::Always } else { Masquerade::Remote }),
+                scope(service.internal_policy, if all { Masquerade::Always } else { Masquerade::Never }),
+            ),
+            _ => (
+                match service.external_policy {
+                    TrafficPolicy::Local => scope(TrafficPolicy::Local, Masquerade::Never),
+                    TrafficPolicy::Cluster if all => scope(TrafficPolicy::Cluster, Masquerade::Always),
+                    TrafficPolicy::Cluster => scope(TrafficPolicy::Cluster, Masquerade::Remote),
+                },
+                // This node's own clients are not cut off by eTP Local, and keep their address.
+                scope(TrafficPolicy::Cluster, Masquerade::Never),
+            ),
+        };
+        let source_ranges = if *kind == FrontendKind::LoadBalancer { ranges.clone() } else { Arc::new([]) };
+        let allow_host = source_ranges.iter().any(|range| node.addresses.iter().any(|own| range.contains(own)));
+        let frontend = Frontend {
+            service: id.clone(),
+            kind: *kind,
+            external,
+            internal,
+            source_ranges_allow_host: allow_host,
+            source_ranges,
+        };
+        // Of two ways to the same frontend the first kind listed wins: see `vips`.
+        resolved
+            .frontends
+            .entry(FrontendAddr { addr: *addr, port: *number, protocol: port.protocol })
+            .or_insert(frontend);
+    }
+    resolved.entries.insert(id, found.entry);
+}
+
+/// The Service's addresses, cluster IPs first, then load-balancer IPs, then external IPs, without those that no
+/// client could mean.
+fn vips(service: &Service, warnings: &mut Vec<Warning>) -> Vec<(IpAddr, FrontendKind)> {
+    let mut seen = BTreeSet::new();
+    let mut vips = Vec::new();
+    for (addrs, kind, field) in [
+        (&service.cluster_ips, FrontendKind::ClusterIp, "spec.clusterIPs"),
+        (&service.load_balancer_ips, FrontendKind::LoadBalancer, "status.loadBalancer.ingress"),
+        (&service.external_ips, FrontendKind::ExternalIp, "spec.externalIPs"),
+    ] {
+        for (index, addr) in addrs.iter().enumerate() {
+            match unusable(*addr) {
+                Some(why) => warnings.push(warning(
+                    service,
+                    format!("{field}[{index}]"),
+                    format!("{addr} is {why}; it is not served"),
+                )),
+                None if seen.insert(*addr) => vips.push((*addr, kind)),
+                None => {}
+            }
+        }
+    }
+    vips
+}
+
+/// Why nobody can dial this address from elsewhere.
+fn unusable(addr: IpAddr) -> Option<&'static str> {
+    let link_local = match addr {
+        IpAddr::V4(addr) => addr.is_link_local() || addr.is_broadcast(),
+        IpAddr::V6(addr) => addr.is_unicast_link_local(),
+    };
+    match addr {
+        _ if addr.is_unspecified() => Some("the unspecified address"),
+        _ if addr.is_loopback() => Some("a loopback address"),
+        _ if addr.is_multicast() => Some("a multicast address"),
+        _ if link_local => Some("a link-local or broadcast address"),
+        _ => None,
+    }
+}
+
+/// The ranges of one family; a Service whose ranges are all of the other family does not restrict this one
+/// (kube-proxy filters per family).
+fn source_ranges(service: &Service, family: Family) -> Arc<[IpNet]> {
+    let of_family = |range: &&IpNet| Family::of(range.addr()) == family;
+    service.source_ranges.iter().filter(of_family).copied().collect()
+}
+
+pub(super) fn warning(service: &Service, field: String, problem: String) -> Warning {
+    Warning { object: format!("Service {}", service.name), field, problem }
+}
+
+impl CompileConfig {
+    /// Where this node answers NodePorts.
+    fn node_port_addresses(&self, node: &NodeView) -> Vec<(IpAddr, FrontendKind)> {
+        let allowed = |addr: &IpAddr| {
+            self.node_port_addresses.is_empty() || self.node_port_addresses.iter().any(|range| range.contains(addr))
+        };
+        let mut addrs: Vec<_> =
+            node.addresses.iter().filter(|addr| allowed(addr)).map(|addr| (*addr, FrontendKind::NodePort)).collect();
+        let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        if self.localhost_node_ports && allowed(&localhost) {
+            addrs.push((localhost, FrontendKind::LocalhostNodePort));
+        }
+        addrs
+    }
+}
