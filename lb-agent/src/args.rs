@@ -1,0 +1,277 @@
+//! The command line: what was typed, and what it means.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+use lb_common::abi::TraceFilter;
+use lb_core::compile::CompileConfig;
+
+use crate::{
+    datapath::ebpf::{attach::XdpMode, load::Sizes},
+    netlink::DeviceChoice,
+    trace,
+};
+
+/// Serves Kubernetes Services on this node with eBPF.
+#[derive(Parser, Debug)]
+#[command(name = "lb-agent", version, after_help = EXAMPLES)]
+pub struct Args {
+    /// Where maps and links are pinned; one folder per node.
+    #[arg(long, global = true, default_value = "/sys/fs/bpf/lb", env = "LB_BPF_ROOT")]
+    pub bpf_root: PathBuf,
+    /// Log filter, as in `info,lb_agent=debug`.
+    #[arg(long, global = true, default_value = "info", env = "LB_LOG")]
+    pub log: String,
+    /// Log format.
+    #[arg(long, global = true, default_value = "text")]
+    pub log_format: LogFormat,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "Examples:
+  lb-agent run                                  in a DaemonSet, with the pod's service account
+  lb-agent run --kubeconfig ~/.kube/config --node-name node-1
+  lb-agent run --manifests ./manifests          without an API server
+  lb-agent service list
+  lb-agent backend list -o json
+  lb-agent status
+  lb-agent cleanup";
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Serve this node until told to stop; the kernel goes on serving after that.
+    Run(Box<RunArgs>),
+    /// Remove everything of ours from this node, and nothing else.
+    Cleanup,
+    /// What is attached where, in which mode and why; and the counters.
+    Status(OutputArgs),
+    /// Frontends, from the pinned maps.
+    Service {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: ListCommand,
+    },
+    /// Backends, from the pinned maps.
+    Backend {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: ListCommand,
+    },
+    /// Flows, from the pinned maps.
+    Flow {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: ListCommand,
+    },
+}
+
+/// What lists can do.
+#[derive(Subcommand, Debug)]
+pub enum ListCommand {
+    /// Print them.
+    List(OutputArgs),
+}
+
+/// How to print.
+#[derive(ClapArgs, Debug)]
+pub struct OutputArgs {
+    /// Output format.
+    #[arg(short, long, default_value = "table")]
+    pub output: Output,
+}
+
+/// Output formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// Aligned columns.
+    Table,
+    /// A JSON array.
+    Json,
+}
+
+/// Options of `run`.
+#[derive(ClapArgs, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct RunArgs {
+    /// This node's name in the cluster; the host name if not given.
+    #[arg(long, env = "NODE_NAME")]
+    node_name: Option<String>,
+    /// Take objects from the YAML and JSON files of this folder instead of an API server.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "context"])]
+    manifests: Option<PathBuf>,
+    /// A kubeconfig file; else $KUBECONFIG or the pod's service account.
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// A context of the kubeconfig.
+    #[arg(long)]
+    context: Option<String>,
+    /// The cgroup v2 directory whose sockets are served; the mount's root if not given.
+    #[arg(long, value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+    /// External devices, separated by commas.
+    #[arg(long, default_value = "auto", value_name = "auto|NAMES")]
+    devices: String,
+    /// Host sides of pods' veths, separated by commas.
+    #[arg(long, default_value = "auto", value_name = "auto|none|NAMES")]
+    pod_devices: String,
+    /// Where XDP is attached on external devices.
+    #[arg(long, default_value = "auto")]
+    xdp_mode: XdpMode,
+    /// Masquerade all traffic to services, as kube-proxy's option of this name.
+    #[arg(long)]
+    masquerade_all: bool,
+    /// Node addresses that answer NodePorts, as CIDRs separated by commas; all if not given.
+    #[arg(long, value_delimiter = ',', value_name = "CIDR")]
+    node_port_addresses: Vec<IpNet>,
+    /// Entries in each flow table; a connection takes two. Holds for tables that are not pinned yet.
+    #[arg(long, default_value_t = 262_144)]
+    flows_max: u32,
+    /// Log each decision on packets that match: `any`, `10.0.0.5`, `10.0.0.5:80`, `:53/udp`, `[fd00::1]:443/tcp`.
+    #[arg(long, value_name = "FILTER")]
+    trace_packets: Option<String>,
+    /// Where /healthz and /livez are served.
+    #[arg(long, default_value = "0.0.0.0:10256")]
+    healthz_bind_address: SocketAddr,
+    /// Where /metrics is served.
+    #[arg(long, default_value = "127.0.0.1:10249")]
+    metrics_bind_address: SocketAddr,
+    /// Least time between two writes to the kernel, in milliseconds: what changes meanwhile is written together.
+    #[arg(long, default_value_t = 5)]
+    min_sync_interval_ms: u64,
+}
+
+/// Where objects come from.
+#[derive(Clone, Debug)]
+pub enum SourceConfig {
+    /// A folder.
+    Manifests(PathBuf),
+    /// An API server.
+    Kubernetes {
+        /// Kubeconfig file.
+        kubeconfig: Option<PathBuf>,
+        /// Its context.
+        context: Option<String>,
+    },
+}
+
+/// What the options mean.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// This node's name.
+    pub node_name: Arc<str>,
+    /// Pins.
+    pub bpf_root: PathBuf,
+    /// Source.
+    pub source: SourceConfig,
+    /// Socket hooks' cgroup, or why there is none.
+    pub cgroup_root: Result<PathBuf, String>,
+    /// Devices.
+    pub devices: DeviceChoice,
+    /// XDP.
+    pub xdp_mode: XdpMode,
+    /// Policy.
+    pub compile: CompileConfig,
+    /// Map sizes.
+    pub sizes: Sizes,
+    /// Which packets to log.
+    pub trace: Option<TraceFilter>,
+    /// `/healthz`.
+    pub healthz: SocketAddr,
+    /// `/metrics`.
+    pub metrics: SocketAddr,
+    /// Milliseconds between writes.
+    pub min_sync_interval_ms: u64,
+}
+
+impl RunArgs {
+    /// Resolves the options against this machine.
+    pub fn resolve(self, bpf_root: &Path) -> Result<Config> {
+        let node_name = match self.node_name {
+            Some(name) => name,
+            None => fs::read_to_string("/proc/sys/kernel/hostname").context("read the host name")?.trim().to_owned(),
+        };
+        if node_name.is_empty() {
+            bail!("the node's name is empty: give --node-name");
+        }
+        let names = |text: &str| text.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
+        Ok(Config {
+            node_name: Arc::from(node_name),
+            bpf_root: bpf_root.to_owned(),
+            source: match self.manifests {
+                Some(dir) => SourceConfig::Manifests(dir),
+                None => SourceConfig::Kubernetes { kubeconfig: self.kubeconfig, context: self.context },
+            },
+            cgroup_root: match self.cgroup_root {
+                Some(root) => Ok(root),
+                None => cgroup2_mount(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+                    .ok_or_else(|| "no cgroup v2 is mounted; mount one or give --cgroup-root".to_owned()),
+            },
+            devices: DeviceChoice {
+                external: (self.devices != "auto").then(|| names(&self.devices)),
+                pods: match self.pod_devices.as_str() {
+                    "auto" => None,
+                    "none" => Some(Vec::new()),
+                    list => Some(names(list)),
+                },
+            },
+            xdp_mode: self.xdp_mode,
+            compile: CompileConfig {
+                node_port_addresses: self.node_port_addresses,
+                localhost_node_ports: true,
+                masquerade_all: self.masquerade_all,
+            },
+            sizes: Sizes { flows: self.flows_max.max(1024) },
+            trace: self.trace_packets.as_deref().map(trace::parse_filter).transpose()?,
+            healthz: self.healthz_bind_address,
+            metrics: self.metrics_bind_address,
+            min_sync_interval_ms: self.min_sync_interval_ms,
+        })
+    }
+}
+
+/// The mount point of cgroup v2: at `/sys/fs/cgroup`, or beside v1's controllers at `…/unified`.
+fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        // Fields before " - ": …, mount point is the fifth; after it: file system type (proc(5)).
+        let (mount, kind) = line.split_once(" - ")?;
+        let point = mount.split(' ').nth(4)?;
+        kind.starts_with("cgroup2 ").then(|| PathBuf::from(point))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn cgroup2_is_found_beside_v1() {
+        let mountinfo = "30 1 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n31 30 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw\n";
+        assert_eq!(cgroup2_mount(mountinfo), Some(PathBuf::from("/sys/fs/cgroup/unified")));
+        assert_eq!(cgroup2_mount(""), None);
+    }
+}

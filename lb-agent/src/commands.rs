@@ -1,0 +1,70 @@
+//! What each command does.
+
+use anyhow::{Context, Result, bail};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    args::{Args, Command, ListCommand, LogFormat, Output},
+    datapath::ebpf::{attach, inspect, maps::Pins},
+    print, run,
+};
+
+/// Runs a command.
+pub fn main(args: Args) -> Result<()> {
+    start_log(&args)?;
+    let pins = Pins::new(&args.bpf_root);
+    match args.command {
+        Command::Run(options) => {
+            let config = options.resolve(&args.bpf_root)?;
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .context("start the async runtime")?;
+            runtime.block_on(run::run(config))
+        }
+        Command::Cleanup => Ok(attach::remove_all(&pins)?),
+        Command::Status(options) => {
+            check_pinned(&pins)?;
+            let status = inspect::status(&pins)?;
+            if options.output == Output::Json {
+                println!("{}", serde_json::to_string_pretty(&status)?);
+                return Ok(());
+            }
+            print!("{}\n{}", print::table(&status.attached)?, print::table(&status.counters)?);
+            Ok(())
+        }
+        Command::Service { command: ListCommand::List(options) } => {
+            check_pinned(&pins)?;
+            print::rows(&inspect::services(&pins)?, options.output)
+        }
+        Command::Backend { command: ListCommand::List(options) } => {
+            check_pinned(&pins)?;
+            print::rows(&inspect::backends(&pins)?, options.output)
+        }
+        Command::Flow { command: ListCommand::List(options) } => {
+            check_pinned(&pins)?;
+            print::rows(&inspect::flows(&pins)?, options.output)
+        }
+    }
+}
+
+fn check_pinned(pins: &Pins) -> Result<()> {
+    if !pins.dir().is_dir() {
+        bail!(
+            "nothing is pinned under {}: is the agent running on this node, with this --bpf-root?",
+            pins.dir().display()
+        );
+    }
+    Ok(())
+}
+
+fn start_log(args: &Args) -> Result<()> {
+    let filter = EnvFilter::try_new(&args.log).with_context(|| format!("--log {}", args.log))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match args.log_format {
+        LogFormat::Text => log.with_target(false).init(),
+        LogFormat::Json => log.json().init(),
+    }
+    Ok(())
+}

@@ -1,0 +1,397 @@
+//! `run`: wires source, compiler, datapath and network together.
+//!
+//! One thread owns the compiler and the datapath: what it is told comes as [`Input`], a closed set. Nothing is
+//! programmed before the source has reported everything and the node's addresses are known.
+
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    os::fd::AsRawFd,
+    sync::{Arc, mpsc as std_mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow};
+use lb_common::abi::{DeviceValue, NodeConfig, device_flags};
+use lb_core::{
+    compile::{Compiler, NodeView},
+    model::{Event, Warning},
+    table::Changes,
+};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use crate::{
+    args::{Config, SourceConfig},
+    datapath::{
+        Datapath,
+        ebpf::{
+            apply::EbpfDatapath,
+            attach::Attacher,
+            load::Programs,
+            maps::{NodeMaps, Pins, set_first},
+            objects,
+        },
+    },
+    netlink::{self, HostNetwork, Netlink},
+    serve::{self, Health},
+    source::{Report, Source, kubernetes::Kubernetes, manifests::Manifests},
+};
+
+/// What the programming thread is told.
+#[derive(Debug)]
+pub enum Input {
+    /// From the source.
+    Source(Report),
+    /// This node's own addresses.
+    Addresses(Vec<IpAddr>),
+    /// End.
+    Shutdown,
+}
+
+/// Reports that may wait for the programming thread.
+const QUEUE: usize = 256;
+
+/// Serves the node until SIGTERM or SIGINT. The datapath goes on serving after that.
+pub async fn run(config: Config) -> Result<()> {
+    let pins = Pins::new(&config.bpf_root);
+    let mut host = Host::start(&config, &pins)?;
+    let network = host.netlink.read().await?;
+    host.follow(&network)?;
+
+    let health = Arc::new(Health::default());
+    let (inputs, thread_inputs) = std_mpsc::channel();
+    let datapath = EbpfDatapath::open(pins.clone())?;
+    let worker = {
+        let (config, health) = (config.clone(), health.clone());
+        thread::Builder::new()
+            .name("program".into())
+            .spawn(move || Worker::new(&config, Box::new(datapath), health).work(&thread_inputs))
+            .context("start the programming thread")?
+    };
+    let send = |input| inputs.send(input).map_err(|_| anyhow!("the programming thread is gone"));
+    send(Input::Addresses(network.addresses.clone()))?;
+
+    let (reports, mut reported) = mpsc::channel(QUEUE);
+    let mut source = tokio::spawn(start_source(&config, reports));
+    serve::start(config.healthz, config.metrics, health, pins).await?;
+    let mut stop = Stop::new()?;
+    let mut addresses = network.addresses;
+    let result = loop {
+        tokio::select! {
+            Some(report) = reported.recv() => send(Input::Source(report))?,
+            () = host.netlink.changed() => match host.netlink.read().await {
+                Ok(network) => {
+                    host.follow(&network)?;
+                    if network.addresses != addresses {
+                        addresses.clone_from(&network.addresses);
+                        send(Input::Addresses(network.addresses))?;
+                    }
+                }
+                Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; the last state holds"),
+            },
+            ended = &mut source => break ended.context("the source panicked")?.and(Err(anyhow!("the source ended"))),
+            signal = stop.wait() => {
+                info!(signal, "stopping; the kernel goes on serving");
+                break Ok(());
+            }
+        }
+    };
+    source.abort();
+    let _ = inputs.send(Input::Shutdown);
+    worker.join().map_err(|_| anyhow!("the programming thread panicked"))?;
+    result
+}
+
+async fn start_source_kubernetes(kubernetes: Kubernetes, reports: mpsc::Sender<Report>) -> Result<()> {
+    kubernetes.run(reports).await
+}
+
+fn start_source(config: &Config, reports: mpsc::Sender<Report>) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>> {
+    match config.source.clone() {
+        SourceConfig::Manifests(dir) => Box::pin(Manifests::new(dir).run(reports)),
+        SourceConfig::Kubernetes { kubeconfig, context } => {
+            let node = config.node_name.clone();
+            Box::pin(start_source_kubernetes(Kubernetes { kubeconfig, context, node }, reports))
+        }
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct Stop {
+    term: tokio::signal::unix::Signal,
+    int: tokio::signal::unix::Signal,
+}
+
+impl Stop {
+    fn new() -> Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    async fn wait(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.term.recv() => "SIGTERM",
+            _ = self.int.recv() => "SIGINT",
+        }
+    }
+}
+
+/// The node's side of the datapath: programs on devices, and what they know of the node.
+struct Host {
+    netlink: Netlink,
+    attacher: Attacher,
+    maps: NodeMaps,
+    node: NodeConfig,
+    forwarding_warned: bool,
+}
+
+impl Host {
+    fn start(config: &Config, pins: &Pins) -> Result<Self> {
+        let objects = match config.trace {
+            Some(_) => objects::TRACE,
+            None => objects::NORMAL,
+        };
+        objects.check(if config.trace.is_some() { "build-ebpf --trace" } else { "build-ebpf" })?;
+        let mut programs = Programs::load(pins, &objects, config.sizes)?;
+        if let Some(filter) = config.trace {
+            start_trace(&mut programs, filter)?;
+        }
+        let maps = NodeMaps::open(pins)?;
+        let generation = maps.node()?.routing_generation;
+        let (snat_port_first, snat_port_count) = netlink::snat_ports(netlink::ephemeral_ports());
+        if snat_port_count == 0 {
+            warn!("net.ipv4.ip_local_port_range leaves no ports for masqueraded flows: make it smaller");
+        }
+        let node = NodeConfig {
+            host_netns_cookie: netns_cookie().context("read the network namespace's cookie (kernel 5.14)")?,
+            routing_generation: generation,
+            snat_port_first,
+            snat_port_count,
+            ..NodeConfig::default()
+        };
+        let mut attacher = Attacher::new(pins.clone(), programs, config.xdp_mode);
+        match &config.cgroup_root {
+            Ok(root) => attacher.attach_cgroup(root)?,
+            Err(reason) => warn!(reason, "no socket hooks: pods are served at their veths, host processes are not"),
+        }
+        let netlink = Netlink::connect(config.devices.clone())?;
+        Ok(Self { netlink, attacher, maps, node, forwarding_warned: false })
+    }
+
+    /// Attaches to what is there now and tells the programs.
+    fn follow(&mut self, network: &HostNetwork) -> Result<()> {
+        self.attacher.sync(&network.devices);
+        let devices: Vec<(u32, DeviceValue)> = network
+            .devices
+            .iter()
+            .map(|device| {
+                let target = self.attacher.xdp_targets().contains(&device.ifindex);
+                let value = DeviceValue {
+                    flags: if target { device_flags::XDP_TARGET } else { 0 },
+                    addr4: device.addr4.map(|addr| addr.octets()).unwrap_or_default(),
+                    addr6: device.addr6.map(|addr| addr.octets()).unwrap_or_default(),
+                };
+                (device.ifindex, value)
+            })
+            .collect();
+        self.maps.set_devices(&devices)?;
+        self.node.routing_generation = self.node.routing_generation.wrapping_add(1);
+        self.node.addr4 = network.main4.map(|addr| addr.octets()).unwrap_or_default();
+        self.node.addr6 = network.main6.map(|addr| addr.octets()).unwrap_or_default();
+        self.maps.set_node(self.node)?;
+        if !self.forwarding_warned {
+            self.forwarding_warned = true;
+            for sysctl in netlink::forwarding_off() {
+                warn!(sysctl, "is 0: packets to pods and other nodes are not forwarded; set it to 1");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How often the ring of decisions is read.
+const TRACE_POLL: Duration = Duration::from_millis(20);
+
+fn start_trace(programs: &mut Programs, filter: lb_common::abi::TraceFilter) -> Result<()> {
+    for (name, ebpf) in programs.objects() {
+        set_first(ebpf, "TRACE", filter)?;
+        if name == "sock" {
+            continue;
+        }
+        let mut logger = aya_log::EbpfLogger::init(ebpf).with_context(|| format!("read the log of {name}.o"))?;
+        tokio::spawn(async move {
+            loop {
+                logger.flush();
+                tokio::time::sleep(TRACE_POLL).await;
+            }
+        });
+    }
+    Ok(())
+}
+
+/// The cookie of this process's network namespace (`SO_NETNS_COOKIE`).
+fn netns_cookie() -> std::io::Result<u64> {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").or_else(|_| std::net::UdpSocket::bind("[::1]:0"))?;
+    let mut cookie = 0u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: cookie is eight bytes long, as len says.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// `include/uapi/asm-generic/socket.h`.
+const SO_NETNS_COOKIE: i32 = 71;
+
+/// The programming thread.
+pub struct Worker {
+    compiler: Compiler,
+    datapath: Box<dyn Datapath>,
+    health: Arc<Health>,
+    interval: Duration,
+    /// Changes since the last success.
+    pending: Changes,
+    synced: bool,
+    addressed: bool,
+    warnings: BTreeMap<String, Vec<Warning>>,
+    told: Vec<Warning>,
+    refused: Vec<String>,
+}
+
+/// Waits between tries after a failed write: first and longest.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+
+impl Worker {
+    /// Starts with an empty cluster.
+    pub fn new(config: &Config, datapath: Box<dyn Datapath>, health: Arc<Health>) -> Self {
+        let node = NodeView { name: config.node_name.clone(), ..NodeView::default() };
+        Self {
+            compiler: Compiler::new(config.compile.clone(), node),
+            datapath,
+            health,
+            interval: Duration::from_millis(config.min_sync_interval_ms),
+            pending: Changes::default(),
+            synced: false,
+            addressed: false,
+            warnings: BTreeMap::new(),
+            told: Vec::new(),
+            refused: Vec::new(),
+        }
+    }
+
+    /// Takes inputs until told to end.
+    pub fn work(mut self, inputs: &std_mpsc::Receiver<Input>) {
+        let mut retry = None;
+        let mut wait = RETRY.0;
+        let mut first = true;
+        loop {
+            let input = match retry {
+                None => inputs.recv().map_err(|_| std_mpsc::RecvTimeoutError::Disconnected),
+                Some(after) => inputs.recv_timeout(after),
+            };
+            match input {
+                Ok(Input::Shutdown) | Err(std_mpsc::RecvTimeoutError::Disconnected) => return,
+                Ok(input) => {
+                    self.take(input);
+                    if !first {
+                        thread::sleep(self.interval);
+                    }
+                    while let Ok(input) = inputs.try_recv() {
+                        if matches!(input, Input::Shutdown) {
+                            return;
+                        }
+                        self.take(input);
+                    }
+                }
+                Err(std_mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            if !(self.synced && self.addressed) {
+                continue;
+            }
+            match self.sync(first) {
+                Ok(()) => {
+                    (retry, wait, first) = (None, RETRY.0, false);
+                }
+                Err(error) => {
+                    warn!(error = %format!("{error:#}"), retry_ms = wait.as_millis() as u64, "not programmed; trying again");
+                    self.health.failed(&format!("{error:#}"));
+                    retry = Some(wait);
+                    wait = (wait * 2).min(RETRY.1);
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Source(Report::Changed(events)) => events.into_iter().for_each(|event: Event| self.compiler.apply(event)),
+            Input::Source(Report::Synced) => self.synced = true,
+            Input::Source(Report::Warnings(origin, warnings)) => {
+                if warnings.is_empty() {
+                    self.warnings.remove(&origin);
+                } else {
+                    self.warnings.insert(origin, warnings);
+                }
+                self.tell();
+            }
+            Input::Addresses(addresses) => {
+                self.addressed = true;
+                self.compiler.set_addresses(addresses);
+            }
+            Input::Shutdown => {}
+        }
+    }
+
+    /// Compiles and programs what changed.
+    fn sync(&mut self, first: bool) -> Result<()> {
+        let started = Instant::now();
+        let changes = self.compiler.compile();
+        self.pending.merge(changes);
+        self.tell();
+        if self.pending.is_empty() && !first {
+            return Ok(());
+        }
+        let table = self.compiler.table();
+        let report = self.datapath.apply(table, &self.pending).map_err(anyhow::Error::from)?;
+        self.pending = Changes::default();
+        let elapsed = started.elapsed();
+        let refused: Vec<String> = report.refused.iter().map(ToString::to_string).collect();
+        for text in refused.iter().filter(|text| !self.refused.contains(text)) {
+            warn!(refused = %text, "not served; all others are");
+        }
+        self.refused = refused;
+        info!(
+            datapath = self.datapath.name(),
+            services = table.services.len(),
+            frontends = table.frontends.len(),
+            upserts = report.upserts,
+            deletes = report.deletes,
+            elapsed_us = elapsed.as_micros() as u64,
+            "applied"
+        );
+        self.health.applied(table, elapsed, report.refused.len());
+        Ok(())
+    }
+
+    /// Logs warnings that are new and those that are gone.
+    fn tell(&mut self) {
+        let now: Vec<Warning> =
+            self.warnings.values().flatten().chain(self.compiler.warnings()).cloned().collect();
+        for warning in now.iter().filter(|warning| !self.told.contains(warning)) {
+            warn!(object = %warning.object, field = %warning.field, problem = %warning.problem, "look at this");
+        }
+        for warning in self.told.iter().filter(|warning| !now.contains(warning)) {
+            info!(object = %warning.object, field = %warning.field, "warning cleared");
+        }
+        self.told = now;
+    }
+}

@@ -1,0 +1,330 @@
+//! Servers and clients for network namespaces: small programs whose answers say what really happened.
+//!
+//! A server answers each line `id` with its own name and the client's address as it sees it, and `get N` with N
+//! bytes of a known sequence; a datagram is answered like `id`.
+
+use std::{
+    io::{BufRead, BufReader, ErrorKind, Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+use serde_json::json;
+
+#[derive(Parser)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer on TCP and UDP.
+    Serve {
+        #[arg(long)]
+        id: String,
+        #[arg(long)]
+        listen: Vec<SocketAddr>,
+    },
+    /// Ask over TCP, each time on a new connection; prints one JSON object a line.
+    Tcp {
+        target: SocketAddr,
+        #[arg(long, default_value_t = 1)]
+        count: u32,
+        #[arg(long, default_value_t = 2000)]
+        timeout_ms: u64,
+    },
+    /// Ask over UDP.
+    Udp {
+        target: SocketAddr,
+        #[arg(long)]
+        connected: bool,
+        /// A dual-stack socket, which dials IPv4 by IPv4-mapped addresses.
+        #[arg(long)]
+        dual_stack: bool,
+        /// A new socket for each.
+        #[arg(long, default_value_t = 1)]
+        count: u32,
+        #[arg(long, default_value_t = 2000)]
+        timeout_ms: u64,
+    },
+    /// Fetch bytes over one TCP connection and check each; `--pause-ms` makes it last.
+    Download {
+        target: SocketAddr,
+        #[arg(long)]
+        bytes: u64,
+        #[arg(long, default_value_t = 0)]
+        pause_ms: u64,
+    },
+    /// Many connections, and UDP sockets, that ask again and again.
+    Load {
+        target: SocketAddr,
+        #[arg(long, default_value_t = 200)]
+        connections: u32,
+        #[arg(long, default_value_t = 20)]
+        udp: u32,
+        #[arg(long)]
+        secs: f64,
+    },
+}
+
+fn main() -> Result<()> {
+    match Args::parse().command {
+        Command::Serve { id, listen } => serve(&id, &listen),
+        Command::Tcp { target, count, timeout_ms } => {
+            (0..count).for_each(|_| println!("{}", tcp(target, Duration::from_millis(timeout_ms))));
+            Ok(())
+        }
+        Command::Udp { target, connected, dual_stack, count, timeout_ms } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            (0..count).for_each(|_| println!("{}", udp(target, connected, dual_stack, timeout)));
+            Ok(())
+        }
+        Command::Download { target, bytes, pause_ms } => download(target, bytes, Duration::from_millis(pause_ms)),
+        Command::Load { target, connections, udp, secs } => {
+            println!("{}", load(target, connections, udp, Duration::from_secs_f64(secs)));
+            Ok(())
+        }
+    }
+}
+
+fn serve(id: &str, listen: &[SocketAddr]) -> Result<()> {
+    let mut threads = Vec::new();
+    for addr in listen {
+        let (tcp, id_tcp) = (TcpListener::bind(addr).with_context(|| format!("listen on {addr}"))?, id.to_owned());
+        threads.push(thread::spawn(move || {
+            for stream in tcp.incoming().flatten() {
+                let id = id_tcp.clone();
+                thread::spawn(move || answer(&stream, &id));
+            }
+        }));
+        let (udp, id_udp) = (UdpSocket::bind(addr).with_context(|| format!("bind {addr}"))?, id.to_owned());
+        threads.push(thread::spawn(move || {
+            let mut buffer = [0; 2048];
+            while let Ok((_, peer)) = udp.recv_from(&mut buffer) {
+                let _ = udp.send_to(format!("{id_udp} {peer}").as_bytes(), peer);
+            }
+        }));
+    }
+    println!("ready");
+    threads.into_iter().for_each(|thread| drop(thread.join()));
+    Ok(())
+}
+
+fn answer(stream: &TcpStream, id: &str) -> Option<()> {
+    let peer = stream.peer_addr().ok()?;
+    let mut out = stream.try_clone().ok()?;
+    for line in BufReader::new(stream).lines() {
+        let line = line.ok()?;
+        match line.strip_prefix("get ") {
+            Some(bytes) => send_sequence(&mut out, bytes.parse().ok()?)?,
+            None => writeln!(out, "{id} {peer}").ok()?,
+        }
+    }
+    Some(())
+}
+
+fn send_sequence(out: &mut TcpStream, bytes: u64) -> Option<()> {
+    let mut sequence = Sequence::default();
+    let mut left = bytes;
+    let mut chunk = vec![0; 64 * 1024];
+    while left > 0 {
+        let len = chunk.len().min(usize::try_from(left).ok()?);
+        chunk[..len].iter_mut().for_each(|byte| *byte = sequence.next());
+        out.write_all(&chunk[..len]).ok()?;
+        left -= len as u64;
+    }
+    Some(())
+}
+
+/// A known sequence of bytes (xorshift64).
+struct Sequence {
+    state: u64,
+    left: u32,
+}
+
+impl Default for Sequence {
+    fn default() -> Self {
+        Self { state: 0x9e37_79b9_7f4a_7c15, left: 0 }
+    }
+}
+
+impl Sequence {
+    fn next(&mut self) -> u8 {
+        if self.left == 0 {
+            self.state ^= self.state << 13;
+            self.state ^= self.state >> 7;
+            self.state ^= self.state << 17;
+            self.left = 8;
+        }
+        self.left -= 1;
+        (self.state >> (8 * self.left)) as u8
+    }
+}
+
+fn failure(error: &std::io::Error, started: Instant) -> serde_json::Value {
+    let kind = match error.kind() {
+        ErrorKind::ConnectionRefused => "refused",
+        ErrorKind::TimedOut | ErrorKind::WouldBlock => "timeout",
+        ErrorKind::ConnectionReset => "reset",
+        ErrorKind::PermissionDenied => "denied",
+        _ => "other",
+    };
+    json!({ "error": kind, "text": error.to_string(), "ms": started.elapsed().as_millis() as u64 })
+}
+
+fn success(text: &str, peer: SocketAddr, started: Instant) -> serde_json::Value {
+    let (id, client) = text.trim().split_once(' ').unwrap_or((text.trim(), ""));
+    let client: Option<SocketAddr> = client.parse().ok();
+    let ip = client.map(|client| client.ip().to_canonical().to_string());
+    json!({ "id": id, "client": ip, "peer": peer.to_string(), "ms": started.elapsed().as_millis() as u64 })
+}
+
+fn tcp(target: SocketAddr, timeout: Duration) -> serde_json::Value {
+    let started = Instant::now();
+    let ask = || -> std::io::Result<(String, SocketAddr)> {
+        let mut stream = TcpStream::connect_timeout(&target, timeout)?;
+        stream.set_read_timeout(Some(timeout))?;
+        stream.write_all(b"id\n")?;
+        let mut line = String::new();
+        BufReader::new(&stream).read_line(&mut line)?;
+        Ok((line, stream.peer_addr()?))
+    };
+    match ask() {
+        Ok((line, peer)) => success(&line, peer, started),
+        Err(error) => failure(&error, started),
+    }
+}
+
+fn udp(target: SocketAddr, connected: bool, dual_stack: bool, timeout: Duration) -> serde_json::Value {
+    let started = Instant::now();
+    let ask = || -> std::io::Result<(String, SocketAddr)> {
+        let local: SocketAddr =
+            if target.is_ipv4() && !dual_stack { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
+        let target = match target {
+            SocketAddr::V4(v4) if dual_stack => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
+            other => other,
+        };
+        let socket = UdpSocket::bind(local)?;
+        socket.set_read_timeout(Some(timeout))?;
+        let mut buffer = [0; 2048];
+        let (len, peer) = if connected {
+            socket.connect(target)?;
+            socket.send(b"id")?;
+            (socket.recv(&mut buffer)?, socket.peer_addr()?)
+        } else {
+            socket.send_to(b"id", target)?;
+            socket.recv_from(&mut buffer)?
+        };
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        Ok((String::from_utf8_lossy(&buffer[..len]).into_owned(), peer))
+    };
+    match ask() {
+        Ok((text, peer)) => success(&text, peer, started),
+        Err(error) => failure(&error, started),
+    }
+}
+
+fn download(target: SocketAddr, bytes: u64, pause: Duration) -> Result<()> {
+    let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(5))?;
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    writeln!(stream, "get {bytes}")?;
+    let (mut sequence, mut got) = (Sequence::default(), 0u64);
+    let mut chunk = vec![0; 64 * 1024];
+    while got < bytes {
+        let len = stream.read(&mut chunk)?;
+        if len == 0 {
+            bail!("ended after {got} of {bytes} bytes");
+        }
+        for (i, byte) in chunk[..len].iter().enumerate() {
+            if *byte != sequence.next() {
+                bail!("byte {} is wrong", got + i as u64);
+            }
+        }
+        got += len as u64;
+        thread::sleep(pause);
+    }
+    println!("{}", json!({ "bytes": got }));
+    Ok(())
+}
+
+#[derive(Default)]
+struct Counts {
+    requests: AtomicU64,
+    udp_requests: AtomicU64,
+    resets: AtomicU64,
+    timeouts: AtomicU64,
+    wrong: AtomicU64,
+    udp_lost: AtomicU64,
+}
+
+fn load(target: SocketAddr, connections: u32, udp: u32, duration: Duration) -> serde_json::Value {
+    let counts = Arc::new(Counts::default());
+    let deadline = Instant::now() + duration;
+    let mut threads = Vec::new();
+    for _ in 0..connections {
+        let counts = counts.clone();
+        threads.push(thread::spawn(move || load_tcp(target, &counts, deadline)));
+    }
+    for _ in 0..udp {
+        let counts = counts.clone();
+        threads.push(thread::spawn(move || load_udp(target, &counts, deadline)));
+    }
+    threads.into_iter().for_each(|thread| drop(thread.join()));
+    let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    json!({
+        "requests": get(&counts.requests), "udp_requests": get(&counts.udp_requests), "resets": get(&counts.resets),
+        "timeouts": get(&counts.timeouts), "wrong": get(&counts.wrong), "udp_lost": get(&counts.udp_lost),
+    })
+}
+
+/// One connection for the whole time; its answers must always come from the same server.
+fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant) {
+    let talk = || -> std::io::Result<()> {
+        let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(10))?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let mut lines = BufReader::new(stream.try_clone()?);
+        let mut first = String::new();
+        while Instant::now() < deadline {
+            stream.write_all(b"id\n")?;
+            let mut line = String::new();
+            lines.read_line(&mut line)?;
+            counts.requests.fetch_add(1, Ordering::Relaxed);
+            if first.is_empty() {
+                first.clone_from(&line);
+            }
+            if line != first || line.is_empty() {
+                counts.wrong.fetch_add(1, Ordering::Relaxed);
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    };
+    if let Err(error) = talk() {
+        let timed_out = matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock);
+        let counter = if timed_out { &counts.timeouts } else { &counts.resets };
+        counter.fetch_add(1, Ordering::Relaxed);
+        eprintln!("{error}");
+    }
+}
+
+/// A new socket for each question; the answer must come from where it was sent.
+fn load_udp(target: SocketAddr, counts: &Counts, deadline: Instant) {
+    while Instant::now() < deadline {
+        let answer = udp(target, false, false, Duration::from_secs(5));
+        counts.udp_requests.fetch_add(1, Ordering::Relaxed);
+        if answer.get("error").is_some() {
+            counts.udp_lost.fetch_add(1, Ordering::Relaxed);
+        } else if answer["peer"] != target.to_string() {
+            counts.wrong.fetch_add(1, Ordering::Relaxed);
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}
