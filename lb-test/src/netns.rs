@@ -33,7 +33,7 @@ impl Lab {
         let name = format!("{PREFIX}{}x{}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed));
         let lab = Self { name, namespaces: Vec::new(), children: Vec::new(), keep: false };
         fs::create_dir_all(lab.dir()).context("make the lab's folder")?;
-        fs::create_dir_all(lab.cgroup(".")).context("make the lab's cgroup: is cgroup v2 mounted, are we root?")?;
+        fs::create_dir_all(lab.cgroup("base")).context("make the lab's cgroup: is cgroup v2 mounted, are we root?")?;
         Ok(lab)
     }
 

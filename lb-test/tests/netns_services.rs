@@ -1,0 +1,360 @@
+//! Real sockets against real programs: every way to a service, in both families and with both ways of wiring pods.
+
+use lb_test::cluster::{Answer, CLIENT, CLIENT6, Cluster, Cni, node_ip, node_ip6, pod_ip, pod_ip6};
+
+/// Web on pods 11 and 21 (one each node), `only1` on pod 11 alone, `far` on pod 21 alone, and services with policies.
+fn manifests() -> String {
+    let pod = |node: u8, number: u8| {
+        format!(
+            "kind: Pod\nmetadata: {{name: pod{node}{number}, labels: {{app: web, pod: pod{node}{number}}}}}\nspec: {{nodeName: node{node}, containers: [{{name: c, ports: [{{containerPort: 8080, name: http}}, {{containerPort: 8080, name: dns, protocol: UDP}}]}}]}}\nstatus: {{podIPs: [{{ip: {}}}, {{ip: '{}'}}]}}\n---\n",
+            pod_ip(node, number),
+            pod_ip6(node, number)
+        )
+    };
+    let both = "ports: [{name: http, port: 80, targetPort: http, nodePort: NP}, {name: dns, port: 80, targetPort: dns, protocol: UDP, nodePort: NP}]";
+    let service = |name: &str, ip: u8, selector: &str, node_port: u16, more: &str| {
+        format!(
+            "kind: Service\nmetadata: {{name: {name}}}\nspec: {{type: NodePort, clusterIPs: [10.96.0.{ip}, 'fd00:10:96::{ip}'], selector: {{{selector}}}, {}, {more}}}\n---\n",
+            both.replace("NP", &node_port.to_string())
+        )
+    };
+    [
+        pod(1, 1),
+        pod(2, 1),
+        service("web", 10, "app: web", 30080, &format!("externalIPs: [{}, 198.51.100.10, '2001:db8:ffff::10']", node_ip(1))),
+        service("near", 11, "pod: pod11", 30081, "externalIPs: [198.51.100.11, '2001:db8:ffff::11']"),
+        service("far", 12, "pod: pod21", 30082, "externalIPs: [198.51.100.12, '2001:db8:ffff::12']"),
+        service("sticky", 13, "app: web", 30083, "sessionAffinity: ClientIP"),
+        service("local", 14, "pod: pod11", 30084, "externalTrafficPolicy: Local, internalTrafficPolicy: Local, externalIPs: [198.51.100.14]"),
+        service("none", 15, "app: nobody", 30085, "externalIPs: [198.51.100.15]"),
+        format!(
+            "kind: Service\nmetadata: {{name: ranged}}\nspec: {{type: LoadBalancer, clusterIP: 10.96.0.16, selector: {{app: web}}, loadBalancerSourceRanges: [{CLIENT}/32], ports: [{{port: 80, targetPort: http}}]}}\nstatus: {{loadBalancer: {{ingress: [{{ip: 198.51.100.16}}]}}}}\n---\n"
+        ),
+        format!(
+            "kind: Service\nmetadata: {{name: closed}}\nspec: {{type: LoadBalancer, clusterIP: 10.96.0.17, selector: {{app: web}}, loadBalancerSourceRanges: [203.0.113.0/24], ports: [{{port: 80, targetPort: http}}]}}\nstatus: {{loadBalancer: {{ingress: [{{ip: 198.51.100.17}}]}}}}\n---\n"
+        ),
+    ]
+    .concat()
+}
+
+fn cluster(cni: Cni, options: &[&str]) -> Cluster {
+    let mut cluster = Cluster::new(cni, 2).expect("a cluster of namespaces");
+    cluster.agent_options = options.iter().map(ToString::to_string).collect();
+    for host in ["pod11", "pod21"] {
+        cluster.serve(host, 8080).expect("a server");
+    }
+    for node in ["node1", "node2"] {
+        cluster.serve(node, 9000).expect("a server");
+    }
+    // Addresses that no node has are routed to node 1.
+    cluster.lab.ip("client", &format!("route add 198.51.100.0/24 via {}", node_ip(1))).unwrap();
+    cluster.lab.ip("client", &format!("-6 route add 2001:db8:ffff::/64 via {}", node_ip6(1))).unwrap();
+    cluster.apply_nodes().unwrap();
+    cluster.apply("services.yaml", &manifests()).unwrap();
+    cluster.start_agent(1).expect("an agent");
+    cluster.start_agent(2).expect("an agent");
+    cluster.wait_for(1, "10.96.0.10:80/TCP", 2).unwrap();
+    cluster.wait_for(2, "10.96.0.10:80/TCP", 2).unwrap();
+    cluster
+}
+
+/// One question and what must come of it.
+struct Row {
+    what: &'static str,
+    from: &'static str,
+    /// In this node's cgroup tree: its socket calls are translated. Else its packets are.
+    served: Option<u8>,
+    target: String,
+    /// The server, or the error.
+    expect: Result<&'static [&'static str], &'static str>,
+    /// The client's address as the server sees it.
+    client: Option<String>,
+}
+
+const ANY: &[&str] = &["pod11", "pod21"];
+
+fn row(
+    what: &'static str,
+    from: &'static str,
+    served: Option<u8>,
+    target: impl Into<String>,
+    expect: Result<&'static [&'static str], &'static str>,
+    client: Option<&str>,
+) -> Row {
+    Row { what, from, served, target: target.into(), expect, client: client.map(str::to_owned) }
+}
+
+fn rows() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (v6, vip, ext, node, pod, client) in [
+        (false, "10.96.0.", "198.51.100.", node_ip as fn(u8) -> String, pod_ip as fn(u8, u8) -> String, CLIENT),
+        (true, "fd00:10:96::", "2001:db8:ffff::", node_ip6, pod_ip6, CLIENT6),
+    ] {
+        let at = |addr: &str, port: u16| if v6 { format!("[{addr}]:{port}") } else { format!("{addr}:{port}") };
+        let vip = |n: u8| at(&format!("{vip}{n}"), 80);
+        let ext = |n: u8| at(&format!("{ext}{n}"), 80);
+        let np = |n: u8, port: u16| at(&node(n), port);
+        // Sockets.
+        rows.push(row("pod to service", "pod12", Some(1), vip(10), Ok(ANY), Some(&pod(1, 2))));
+        rows.push(row("pod to backend on this node", "pod12", Some(1), vip(11), Ok(&["pod11"]), Some(&pod(1, 2))));
+        rows.push(row("pod to backend on the other node", "pod12", Some(1), vip(12), Ok(&["pod21"]), Some(&pod(1, 2))));
+        rows.push(row("pod to itself", "pod11", Some(1), vip(11), Ok(&["pod11"]), None));
+        rows.push(row("host to service", "node1", Some(1), vip(10), Ok(ANY), None));
+        rows.push(row("host to external IP", "node2", Some(2), ext(12), Ok(&["pod21"]), None));
+        rows.push(row("pod to node port", "pod12", Some(1), np(1, 30080), Ok(ANY), None));
+        rows.push(row("no endpoints", "pod12", Some(1), vip(15), Err("refused"), None));
+        rows.push(row("unknown port of a VIP", "pod12", Some(1), vip(10).replace("80", "81"), Err("refused"), None));
+        // Packets of pods.
+        rows.push(row("veth: pod to service", "pod12", None, vip(10), Ok(ANY), Some(&pod(1, 2))));
+        rows.push(row("veth: backend on this node", "pod12", None, vip(11), Ok(&["pod11"]), Some(&pod(1, 2))));
+        rows.push(row("veth: backend on the other node", "pod12", None, vip(12), Ok(&["pod21"]), Some(&pod(1, 2))));
+        rows.push(row("veth: pod to itself", "pod11", None, vip(11), Ok(&["pod11"]), Some(&node(1))));
+        rows.push(row("veth: no endpoints", "pod12", None, vip(15), Err("refused"), None));
+        rows.push(row("veth: unknown port", "pod12", None, vip(10).replace("80", "81"), Err("refused"), None));
+        rows.push(row("veth: node port", "pod12", None, np(1, 30082), Ok(&["pod21"]), Some(&pod(1, 2))));
+        // From outside.
+        rows.push(row("outside to external IP", "client", None, ext(10), Ok(ANY), None));
+        rows.push(row("local backend sees the client", "client", None, ext(11), Ok(&["pod11"]), Some(client)));
+        rows.push(row("remote backend sees the node", "client", None, ext(12), Ok(&["pod21"]), Some(&node(1))));
+        rows.push(row("node port, local", "client", None, np(1, 30081), Ok(&["pod11"]), Some(client)));
+        rows.push(row("node port, remote", "client", None, np(2, 30081), Ok(&["pod11"]), Some(&node(2))));
+        rows.push(row("node port 2, local", "client", None, np(2, 30082), Ok(&["pod21"]), Some(client)));
+        rows.push(row("node port without endpoints", "client", None, np(1, 30085), Err("refused"), None));
+        rows.push(row("unknown port of a VIP, outside", "client", None, ext(11).replace("80", "81"), Err("refused"), None));
+        rows.push(row("eTP Local keeps the client", "client", None, np(1, 30084), Ok(&["pod11"]), Some(client)));
+        rows.push(row("eTP Local without endpoint here", "client", None, np(2, 30084), Err("timeout"), None));
+        rows.push(row("another port of a node", "client", None, np(1, 9000), Ok(&["node1"]), Some(client)));
+        rows.push(row("another port, from the other node", "node2", Some(2), np(1, 9000), Ok(&["node1"]), None));
+    }
+    let node1 = format!("{}:80", node_ip(1));
+    rows.push(row("node's own address as external IP", "client", None, &*node1, Ok(ANY), None));
+    rows.push(row("the same, from the other node", "node2", Some(2), &*node1, Ok(ANY), None));
+    rows.push(row("the same, from a pod", "pod12", None, &*node1, Ok(ANY), Some(&pod_ip(1, 2))));
+    rows.push(row("localhost node port, host", "node1", Some(1), "127.0.0.1:30080", Ok(ANY), None));
+    rows.push(row("localhost node port, pod", "pod12", Some(1), "127.0.0.1:30080", Err("refused"), None));
+    rows.push(row("iTP Local", "pod12", Some(1), "10.96.0.14:80", Ok(&["pod11"]), None));
+    rows.push(row("iTP Local without endpoint here", "pod22", Some(2), "10.96.0.14:80", Err("denied"), None));
+    rows.push(row("veth: iTP Local without endpoint here", "pod22", None, "10.96.0.14:80", Err("timeout"), None));
+    rows.push(row("allowed source", "client", None, "198.51.100.16:80", Ok(ANY), None));
+    rows.push(row("source not allowed", "client", None, "198.51.100.17:80", Err("timeout"), None));
+    rows.push(row("veth: source not allowed", "pod12", None, "198.51.100.16:80", Err("timeout"), None));
+    rows.push(row("ranges are met at the veth", "pod12", Some(1), "198.51.100.16:80", Err("timeout"), None));
+    rows
+}
+
+/// Asks one row's question by one kind of socket and says what is wrong with the answer.
+fn check(cluster: &Cluster, row: &Row, how: &[&str]) -> Option<String> {
+    let args = [&how[..1], &[&*row.target, "--timeout-ms", "1000"], &how[1..]].concat();
+    let answer = match cluster.ask(row.from, row.served, &args) {
+        Ok(answers) => answers.into_iter().next().unwrap_or_default(),
+        Err(error) => Answer { error: Some(format!("{error:#}")), ..Answer::default() },
+    };
+    let right = match &row.expect {
+        Ok(servers) => {
+            answer.id.as_deref().is_some_and(|id| servers.contains(&id))
+                && row.client.as_ref().is_none_or(|client| answer.client.as_ref() == Some(client))
+                && answer.peer.as_ref() == Some(&row.target)
+        }
+        // The kernel tells an unconnected UDP socket of no ICMP error (udp(7)): only a socket hook can.
+        Err("refused") if how == ["udp"] => matches!(answer.error.as_deref(), Some("refused" | "timeout")),
+        Err(error) => answer.error.as_deref() == Some(*error),
+    };
+    // A refusal is at once: it doesn't wait for a retransmission.
+    let prompt = answer.error.as_deref() != Some("refused") || answer.ms < 900;
+    (!right || !prompt).then(|| {
+        format!(
+            "{}: {how:?} {} -> {}: wanted {:?} client {:?}, got {answer:?}",
+            row.what, row.from, row.target, row.expect, row.client
+        )
+    })
+}
+
+fn check_all(cluster: &Cluster) {
+    let mut failures = Vec::new();
+    for row in rows() {
+        failures.extend(check(cluster, &row, &["tcp"]));
+        if !row.target.starts_with("198.51.100.16") && !row.target.starts_with("198.51.100.17") {
+            failures.extend(check(cluster, &row, &["udp"]));
+            failures.extend(check(cluster, &row, &["udp", "--connected"]));
+        }
+    }
+    let failures: Vec<&String> = failures.iter().collect();
+    assert!(
+        failures.is_empty(),
+        "{} rows fail:\n{failures:#?}\n{}",
+        failures.len(),
+        cluster.agent(1, &["status"]).unwrap()
+    );
+}
+
+#[test]
+fn every_path_with_bridged_pods() {
+    check_all(&cluster(Cni::Bridge, &[]));
+}
+
+#[test]
+fn every_path_with_routed_pods() {
+    check_all(&cluster(Cni::Routed, &[]));
+}
+
+#[test]
+fn every_path_with_xdp_in_the_driver() {
+    let cluster = cluster(Cni::Bridge, &["--xdp-mode", "native"]);
+    checksums_in_software(&cluster);
+    check_all(&cluster);
+    let status = cluster.agent(1, &["status"]).unwrap();
+    let counted = |outcome: &str| status.lines().any(|line| line.starts_with("xdp ") && line.contains(outcome));
+    for outcome in ["to_remote_backend", "reply", "refuse_no_endpoints", "refuse_unknown_port", "pass_to_tc"] {
+        assert!(counted(outcome), "XDP counted no {outcome}:\n{status}");
+    }
+}
+
+#[test]
+fn every_path_with_generic_xdp() {
+    let cluster = cluster(Cni::Bridge, &["--xdp-mode", "generic"]);
+    checksums_in_software(&cluster);
+    check_all(&cluster);
+}
+
+/// What a real network does for XDP: frames arrive with their checksums complete.
+fn checksums_in_software(cluster: &Cluster) {
+    for host in ["client", "node1", "node2"] {
+        cluster.lab.offloads(host, "eth0", false).unwrap();
+        cluster.lab.offloads("lan", &format!("p-{host}"), false).unwrap();
+    }
+    for host in ["client", "node1", "node2"] {
+        // XDP_TX over a veth needs GRO (NAPI) at its peer.
+        lb_test::netns::run(cluster.lab.command("lan", "ethtool").args(["-K", &format!("p-{host}"), "gro", "on"])).unwrap();
+    }
+    for pod in ["pod11", "pod12", "pod21", "pod22"] {
+        cluster.lab.offloads(pod, "eth0", false).unwrap();
+    }
+}
+
+#[test]
+fn large_transfers_arrive_whole() {
+    let cluster = cluster(Cni::Bridge, &[]);
+    let targets = [
+        ("client", None, format!("{}:80", node_ip(1))),
+        ("client", None, "198.51.100.11:80".into()),
+        ("client", None, "198.51.100.12:80".into()),
+        ("client", None, "[2001:db8:ffff::11]:80".into()),
+        ("client", None, "[2001:db8:ffff::12]:80".into()),
+        ("pod12", None, "10.96.0.11:80".into()),
+        ("pod12", None, "10.96.0.12:80".into()),
+        ("pod12", None, "[fd00:10:96::12]:80".into()),
+        ("pod11", None, "10.96.0.11:80".into()),
+        ("pod12", Some(1), "10.96.0.12:80".into()),
+    ];
+    for offloads in [true, false] {
+        for host in ["client", "node1", "node2", "pod11", "pod12", "pod21"] {
+            cluster.lab.offloads(host, "eth0", offloads).unwrap();
+        }
+        for (from, served, target) in &targets {
+            let child = cluster.spawn(from, *served, &["download", target, "--bytes", "100000000"]).unwrap();
+            let result = lb_test::cluster::finish(child);
+            assert!(result.is_ok(), "{from} -> {target}, offloads {offloads}: {result:?}");
+        }
+    }
+}
+
+#[test]
+fn clients_with_affinity_keep_their_backend() {
+    let cluster = cluster(Cni::Bridge, &[]);
+    for (from, served, target) in [
+        ("client", None, format!("{}:30083", node_ip(1))),
+        ("client", None, format!("{}:30083", node_ip(2))),
+        ("client", None, format!("[{}]:30083", node_ip6(1))),
+        ("pod12", None, "10.96.0.13:80".into()),
+        ("pod12", Some(1), "10.96.0.13:80".into()),
+    ] {
+        for how in ["tcp", "udp"] {
+            let answers = cluster.ask(from, served, &[how, &target, "--count", "12"]).unwrap();
+            assert!(
+                answers.iter().all(|answer| answer.id.is_some() && answer.id == answers[0].id),
+                "{from} {how} -> {target}: {answers:?}"
+            );
+        }
+    }
+    let answers = cluster.ask("client", None, &["tcp", &format!("{}:30080", node_ip(1)), "--count", "40"]).unwrap();
+    for pod in ANY {
+        let share = answers.iter().filter(|answer| answer.id.as_deref() == Some(pod)).count();
+        assert!((5..=35).contains(&share), "without affinity both serve: {pod} had {share} of 40");
+    }
+}
+
+#[test]
+fn restarts_break_nothing() {
+    let mut cluster = cluster(Cni::Bridge, &[]);
+    let load = ["load", "198.51.100.10:80", "--connections", "200", "--udp", "20", "--secs", "25"];
+    let outside = cluster.spawn("client", None, &load).unwrap();
+    let inside = cluster.spawn("pod12", Some(1), &["load", "10.96.0.10:80", "--connections", "50", "--udp", "10", "--secs", "25"]).unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    for round in 0..20 {
+        let signal = if round % 2 == 0 { libc::SIGKILL } else { libc::SIGTERM };
+        cluster.stop_agent(1, signal).unwrap();
+        cluster.start_agent(1).unwrap();
+    }
+    for child in [outside, inside] {
+        let report: serde_json::Value = serde_json::from_str(&lb_test::cluster::finish(child).unwrap()).unwrap();
+        println!("{report}");
+        for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
+            assert_eq!(report[failure], 0, "{report}");
+        }
+        assert!(report["requests"].as_u64().unwrap() > 5_000, "{report}");
+        assert!(report["udp_requests"].as_u64().unwrap() > 100, "{report}");
+    }
+    // An unchanged cluster is adopted without a write.
+    let log = std::fs::read_to_string(cluster.agent_log(1)).unwrap();
+    let last = log.lines().rfind(|line| line.contains("applied")).unwrap();
+    assert!(last.contains("upserts=0") && last.contains("deletes=0"), "{last}");
+}
+
+#[test]
+fn cleanup_removes_all_and_only_ours() {
+    let mut cluster = cluster(Cni::Bridge, &[]);
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    let target = "10.96.0.10:80";
+    assert!(cluster.tcp("pod12", None, target).unwrap().id.is_some(), "serves without an agent");
+    let pins = cluster.lab.bpf_root("node1");
+    cluster.agent(1, &["cleanup"]).unwrap();
+    assert!(!pins.exists());
+    assert!(cluster.lab.bpf_root("node2").exists(), "the other node's pins stay");
+    assert_eq!(cluster.tcp("pod12", None, target).unwrap().id, None);
+    assert!(cluster.tcp("pod22", None, target).unwrap().id.is_some(), "the other node serves on");
+    let links = lb_test::netns::output(cluster.lab.command("node1", "bpftool").args(["net", "show"])).unwrap();
+    assert!(!links.contains("lb_"), "{links}");
+    assert!(cluster.agent(1, &["service", "list"]).unwrap_err().to_string().contains("nothing is pinned"));
+}
+
+#[test]
+fn changes_are_followed() {
+    let mut cluster = cluster(Cni::Bridge, &[]);
+    // A pod that comes later gets its programs by itself.
+    cluster.lab.add_ns("late").unwrap();
+    cluster.lab.veth(("node1", "vethlate"), ("late", "eth0")).unwrap();
+    cluster.lab.ip("node1", "link set vethlate master cni0").unwrap();
+    cluster.lab.ip("late", "addr add 10.244.1.77/24 dev eth0").unwrap();
+    cluster.lab.ip("late", "route add default via 10.244.1.1").unwrap();
+    let served = |cluster: &Cluster| cluster.tcp("late", None, "10.96.0.10:80").unwrap().id.is_some();
+    assert!((0..20).any(|_| served(&cluster)), "a new veth is served");
+
+    // A backend that goes is not chosen any more; UDP flows to it choose anew at once.
+    cluster.serve("pod22", 8080).unwrap();
+    let with = manifests().replace("name: pod21, labels: {app: web, pod: pod21}", "name: pod22, labels: {app: web, pod: pod22}")
+        .replace(&pod_ip(2, 1), &pod_ip(2, 2)).replace(&pod_ip6(2, 1), &pod_ip6(2, 2));
+    cluster.apply("services.yaml", &with).unwrap();
+    cluster.wait_for(1, "10.96.0.12:80/TCP", 0).unwrap();
+    cluster.wait_for(2, "10.96.0.12:80/TCP", 0).unwrap();
+    for _ in 0..20 {
+        let answer = cluster.tcp("client", None, "198.51.100.10:80").unwrap();
+        assert!(matches!(answer.id.as_deref(), Some("pod11" | "pod22")), "{answer:?}");
+    }
+
+    // A broken file changes nothing and is named.
+    cluster.apply("services.yaml", "kind: Service\nmetadata: {name: x}\nspec: {ports: 7}\n").unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert!(cluster.tcp("client", None, "198.51.100.10:80").unwrap().id.is_some());
+    let log = std::fs::read_to_string(cluster.agent_log(1)).unwrap();
+    assert!(log.contains("services.yaml") && log.contains("document 1, Service x"), "{log}");
+}
