@@ -1,5 +1,7 @@
 //! What each command does.
 
+use std::io::IsTerminal;
+
 use anyhow::{Context, Result, bail};
 use tracing_subscriber::EnvFilter;
 
@@ -61,7 +63,8 @@ fn check_pinned(pins: &Pins) -> Result<()> {
 
 fn start_log(args: &Args) -> Result<()> {
     let filter = EnvFilter::try_new(&args.log).with_context(|| format!("--log {}", args.log))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let ansi = std::io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
     match args.log_format {
         LogFormat::Text => log.with_target(false).init(),
         LogFormat::Json => log.json().init(),

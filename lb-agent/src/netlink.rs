@@ -279,9 +279,9 @@ pub fn snat_ports(ephemeral: (u16, u16)) -> (u16, u16) {
     const NODE_PORTS: (u16, u16) = (30000, 32767);
     let below_end = ephemeral.0.min(NODE_PORTS.0);
     let below = below_end.saturating_sub(1024);
-    let above_start = ephemeral.1.max(NODE_PORTS.1).saturating_add(1);
-    let above = u16::MAX - above_start + 1;
-    if below >= above { (1024, below) } else { (above_start, above) }
+    let above_end = ephemeral.1.max(NODE_PORTS.1);
+    let above = u16::MAX - above_end;
+    if below >= above { (1024, below) } else { (above_end + 1, above) }
 }
 
 /// `net.ipv4.ip_local_port_range`, which holds for IPv6 too.

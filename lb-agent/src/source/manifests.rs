@@ -155,26 +155,26 @@ fn event(
     if named.is_empty() {
         return Err((", metadata.name".into(), format!("{kind} without a name")));
     }
-    let failed = |error: serde_yaml_ng::Error| (format!(", {kind} {named}"), error.to_string());
+    let failed = |(path, error): (String, String)| (format!(", {kind} {named}, {path}"), error);
     Ok(match kind.as_str() {
         "Service" => {
-            let object: core::Service = serde_yaml_ng::from_value(value.clone()).map_err(failed)?;
+            let object: core::Service = typed(value).map_err(failed)?;
             let name = convert::name(&object.metadata);
             convert::service(&object, warnings).map(|service| (key("Service", &name), Event::Service(service)))
         }
         "EndpointSlice" => {
-            let object: discovery::EndpointSlice = serde_yaml_ng::from_value(value.clone()).map_err(failed)?;
+            let object: discovery::EndpointSlice = typed(value).map_err(failed)?;
             let name = convert::name(&object.metadata);
             convert::endpoint_slice(&object, warnings)
                 .map(|slice| (key("EndpointSlice", &name), Event::EndpointSlice(slice)))
         }
         "Node" => {
-            let object: core::Node = serde_yaml_ng::from_value(value.clone()).map_err(failed)?;
+            let object: core::Node = typed(value).map_err(failed)?;
             let node = convert::node(&object, warnings);
             Some((("Node", String::new(), node.name.to_string()), Event::Node(node)))
         }
         "Pod" => {
-            let object: core::Pod = serde_yaml_ng::from_value(value.clone()).map_err(failed)?;
+            let object: core::Pod = typed(value).map_err(failed)?;
             let pod = convert::pod(&object, warnings);
             Some((key("Pod", &pod.name), Event::Pod(pod)))
         }
@@ -183,6 +183,12 @@ fn event(
             None
         }
     })
+}
+
+/// A value as an object; the error names the field.
+fn typed<T: serde::de::DeserializeOwned>(value: &serde_yaml_ng::Value) -> Result<T, (String, String)> {
+    serde_path_to_error::deserialize(value.clone())
+        .map_err(|error| (error.path().to_string(), error.inner().to_string()))
 }
 
 fn key(kind: &'static str, name: &lb_core::model::ObjectName) -> Key {
@@ -295,7 +301,7 @@ mod tests {
         let (events, warnings) = manifests.scan().unwrap();
         assert_eq!(events, []);
         let text = warnings[0].1[0].to_string();
-        assert!(text.contains("a.yaml: document 2, Service b: ") && text.contains("ports"), "{text}");
+        assert!(text.contains("a.yaml: document 2, Service b, spec.ports: invalid type"), "{text}");
         folder.write("a.yaml", TWO);
         let (events, warnings) = manifests.scan().unwrap();
         assert_eq!((events.len(), warnings[0].1.len()), (0, 0), "cleared");

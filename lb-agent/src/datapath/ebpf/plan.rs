@@ -10,8 +10,8 @@
 //! 6. frontends that are gone, then their VIPs and source ranges;
 //! 7. backends that are gone: nothing points to them any more.
 //!
-//! Old slots are reused by the next plan at the earliest: a program that has just read the old frontend still reads
-//! valid ids there.
+//! Old slots and backend ids are reused by the next plan at the earliest: a program that has just read the old frontend
+//! still reads valid ids there, and a kill at the end of a plan can't hit a backend written at its beginning.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -128,6 +128,7 @@ pub struct Planner {
     generations: BTreeMap<(Family, u32), u32>,
     slots: RangePool,
     retired: Vec<SlotRange>,
+    retired_ids: Vec<(Family, u32)>,
     /// Found in the kernel and claimed by no service of the first table.
     orphans: Vec<((Family, u32), PlannedBackend)>,
     orphan_ranges: Vec<(u32, IpNet)>,
@@ -149,6 +150,7 @@ impl Planner {
             generations: actual.backends.iter().map(|(key, backend)| (*key, backend.generation)).collect(),
             slots: RangePool::new(capacity.slots),
             retired: Vec::new(),
+            retired_ids: Vec::new(),
             orphans: Vec::new(),
             orphan_ranges: Vec::new(),
         };
@@ -172,28 +174,28 @@ impl Planner {
         let mut owners: BTreeMap<u32, ServicePortId> = BTreeMap::new();
         for (addr, frontend) in &table.frontends {
             let Some(value) = actual.frontends.get(addr) else { continue };
-            if owners.contains_key(&value.service_id) || self.programmed.contains_key(&frontend.service) {
+            let owner = owners.entry(value.service_id).or_insert_with(|| frontend.service.clone());
+            if *owner != frontend.service {
                 continue;
             }
-            owners.insert(value.service_id, frontend.service.clone());
-            let mut programmed = Programmed {
+            let programmed = self.programmed.entry(frontend.service.clone()).or_insert_with(|| Programmed {
                 service_id: value.service_id,
                 affinity_secs: value.affinity_secs,
                 ..Programmed::default()
-            };
+            });
+            if programmed.service_id != value.service_id {
+                continue;
+            }
             for (range, local) in [
                 (value.external, value.flags & flag::EXTERNAL_LOCAL_LIST != 0),
                 (value.internal, value.flags & flag::INTERNAL_LOCAL_LIST != 0),
             ] {
-                if range.count > 0 && ranges.remove(&(range.first, range.count)) {
-                    let ids = (range.first..range.first + range.count)
-                        .filter_map(|slot| actual.slots.get(&slot).copied())
-                        .collect();
-                    let list = List { range, ids };
-                    if local { programmed.local = list } else { programmed.cluster = list }
+                let list = if local { &mut programmed.local } else { &mut programmed.cluster };
+                if range.count > 0 && list.ids.is_empty() && ranges.remove(&(range.first, range.count)) {
+                    let slots = range.first..range.first + range.count;
+                    *list = List { range, ids: slots.filter_map(|slot| actual.slots.get(&slot).copied()).collect() };
                 }
             }
-            self.programmed.insert(frontend.service.clone(), programmed);
         }
         for (key @ (family, _), backend) in &actual.backends {
             let owner = owners.get(&backend.service_id).filter(|owner| owner.family == *family);
@@ -224,6 +226,9 @@ impl Planner {
     pub fn plan(&mut self, table: &ServiceTable, changes: &Changes) -> (Vec<Op>, Vec<Refused>) {
         for range in std::mem::take(&mut self.retired) {
             self.slots.release(range.first, range.count);
+        }
+        for (family, id) in std::mem::take(&mut self.retired_ids) {
+            self.backend_ids[index(family)].release(id);
         }
         let mut refused = Vec::new();
         let mut writes = Writes::default();
@@ -446,7 +451,7 @@ impl Planner {
     fn kill(&mut self, family: Family, id: u32, backend: PlannedBackend, writes: &mut Writes) {
         let generation = self.next_generation(family, id);
         writes.kills.push(Op::Backend(family, id, PlannedBackend { flags: 0, generation, ..backend }));
-        self.backend_ids[index(family)].release(id);
+        self.retired_ids.push((family, id));
     }
 
     fn next_generation(&mut self, family: Family, id: u32) -> u32 {
@@ -562,5 +567,151 @@ pub fn filter_bit(addr: IpAddr) -> u32 {
     match addr {
         IpAddr::V4(addr) => hash::vip_filter_bit(&addr.octets()),
         IpAddr::V6(addr) => hash::vip_filter_bit(&addr.octets()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_core::{
+        compile::{CompileConfig, Compiler, NodeView},
+        model::Event,
+        synthetic,
+    };
+
+    use super::*;
+
+    const CAPACITY: Capacity = Capacity { slots: 4096, backends4: 1024, backends6: 1024, frontends: 1024 };
+
+    /// The maps, as a kernel would hold them.
+    #[derive(Clone, Default)]
+    struct Kernel {
+        actual: Actual,
+    }
+
+    impl Kernel {
+        fn write(&mut self, op: &Op) {
+            let a = &mut self.actual;
+            match op {
+                Op::Backend(family, id, backend) => drop(a.backends.insert((*family, *id), *backend)),
+                Op::Slots(first, ids) => a.slots.extend((*first..).zip(ids.iter().copied())),
+                Op::SourceRange(id, net) => drop(a.source_ranges.insert((*id, *net))),
+                Op::Vip(addr, kind) => drop(a.vips.insert(*addr, *kind)),
+                Op::Frontend(addr, value) => drop(a.frontends.insert(*addr, *value)),
+                Op::DeleteFrontend(addr) => drop(a.frontends.remove(addr)),
+                Op::DeleteVip(addr) => drop(a.vips.remove(addr)),
+                Op::DeleteSourceRange(id, net) => drop(a.source_ranges.remove(&(*id, *net))),
+            }
+        }
+
+        /// No frontend points to a slot without a live backend of its own service.
+        fn check(&self) {
+            for (addr, value) in &self.actual.frontends {
+                for range in [value.external, value.internal] {
+                    for slot in range.first..range.first + range.count {
+                        let id = self.actual.slots.get(&slot).unwrap_or_else(|| panic!("{addr}: slot {slot} is empty"));
+                        let backend = self.actual.backends.get(&(Family::of(addr.addr), *id));
+                        let backend = backend.unwrap_or_else(|| panic!("{addr}: backend {id} doesn't exist"));
+                        assert!(backend.flags & backend_flags::ALIVE != 0, "{addr}: backend {id} is dead");
+                        assert_eq!(backend.service_id, value.service_id, "{addr}: backend {id} is another service's");
+                    }
+                }
+            }
+        }
+
+        /// The addresses behind each frontend.
+        fn served(&self) -> BTreeMap<FrontendAddr, Vec<IpAddr>> {
+            let behind = |value: &FrontendValue| {
+                let slots = value.internal.first..value.internal.first + value.internal.count;
+                slots.map(|slot| self.actual.backends[&(Family::V4, self.actual.slots[&slot])].addr).collect()
+            };
+            self.actual.frontends.iter().map(|(addr, value)| (*addr, behind(value))).collect()
+        }
+    }
+
+    fn compiler() -> Compiler {
+        let mut compiler = Compiler::new(CompileConfig::default(), NodeView { name: "node-1".into(), ..NodeView::default() });
+        synthetic::cluster(6, 4).for_each(|event| compiler.apply(event));
+        compiler
+    }
+
+    fn expected(table: &ServiceTable) -> BTreeMap<FrontendAddr, Vec<IpAddr>> {
+        let behind = |frontend: &Frontend| table.services[&frontend.service].cluster.iter().map(|b| b.addr).collect();
+        table.frontends.iter().map(|(addr, frontend)| (*addr, behind(frontend))).collect()
+    }
+
+    #[test]
+    fn every_prefix_of_every_plan_is_safe_and_its_end_is_the_table() {
+        let mut compiler = compiler();
+        let mut kernel = Kernel::default();
+        let mut planner = Planner::adopt(CAPACITY, Actual::default(), compiler.table());
+        for round in 0..40u32 {
+            match round % 5 {
+                0 => (0..6).for_each(|i| compiler.apply(Event::EndpointSlice(synthetic::slice(i, 4, round)))),
+                1 => compiler.apply(Event::ServiceGone(synthetic::service(round % 6).name)),
+                2 => (0..6).for_each(|i| compiler.apply(Event::Service(synthetic::service(i)))),
+                3 => compiler.apply(Event::EndpointSlice(synthetic::slice(round % 6, 1 + round % 7, 0))),
+                _ => compiler.apply(Event::EndpointSliceGone(synthetic::slice(round % 6, 1, 0).name)),
+            }
+            let changes = compiler.compile();
+            let (ops, refused) = planner.plan(compiler.table(), &changes);
+            assert_eq!(refused, []);
+            for op in &ops {
+                kernel.write(op);
+                kernel.check();
+            }
+            assert_eq!(kernel.served(), expected(compiler.table()), "round {round}");
+        }
+    }
+
+    #[test]
+    fn adopting_an_unchanged_cluster_writes_nothing() {
+        let mut compiler = compiler();
+        let changes = compiler.compile();
+        let mut kernel = Kernel::default();
+        let (ops, _) = Planner::adopt(CAPACITY, Actual::default(), compiler.table()).plan(compiler.table(), &changes);
+        ops.iter().for_each(|op| kernel.write(op));
+
+        let mut again = Planner::adopt(CAPACITY, kernel.actual.clone(), compiler.table());
+        let (ops, _) = again.plan(compiler.table(), &Changes::all(compiler.table()));
+        assert_eq!(ops, []);
+    }
+
+    #[test]
+    fn what_vanished_while_no_agent_ran_is_removed() {
+        let mut compiler = compiler();
+        let changes = compiler.compile();
+        let mut kernel = Kernel::default();
+        let (ops, _) = Planner::adopt(CAPACITY, Actual::default(), compiler.table()).plan(compiler.table(), &changes);
+        ops.iter().for_each(|op| kernel.write(op));
+        compiler.apply(Event::ServiceGone(synthetic::service(2).name));
+        compiler.compile();
+
+        let mut planner = Planner::adopt(CAPACITY, kernel.actual.clone(), compiler.table());
+        let mut changes = Changes::all(compiler.table());
+        changes.merge(planner.leftovers(compiler.table()));
+        planner.plan(compiler.table(), &changes).0.iter().for_each(|op| {
+            kernel.write(op);
+            kernel.check();
+        });
+        assert_eq!(kernel.served(), expected(compiler.table()));
+        assert_eq!(kernel.actual.vips.len(), 5);
+        let alive = kernel.actual.backends.values().filter(|backend| backend.flags != 0).count();
+        assert_eq!(alive, 5 * 4);
+    }
+
+    #[test]
+    fn a_full_map_refuses_the_newest_and_keeps_the_rest() {
+        let mut compiler = compiler();
+        let changes = compiler.compile();
+        let mut kernel = Kernel::default();
+        let small = Capacity { backends4: 4 * 4 + 1, ..CAPACITY };
+        let mut planner = Planner::adopt(small, Actual::default(), compiler.table());
+        let (ops, refused) = planner.plan(compiler.table(), &changes);
+        ops.iter().for_each(|op| {
+            kernel.write(op);
+            kernel.check();
+        });
+        assert!(!refused.is_empty() && refused.iter().all(|refused| refused.reason.contains("17 backend places")), "{refused:?}");
+        assert_eq!(kernel.served().values().filter(|backends| backends.len() == 4).count(), 4);
     }
 }
