@@ -207,12 +207,17 @@ impl RunArgs {
     pub fn resolve(self, bpf_root: &Path) -> Result<Config> {
         let node_name = match self.node_name {
             Some(name) => name,
-            None => fs::read_to_string("/proc/sys/kernel/hostname").context("read the host name")?.trim().to_owned(),
+            None => fs::read_to_string("/proc/sys/kernel/hostname")
+                .context("read the host name")?
+                .trim()
+                .to_owned(),
         };
         if node_name.is_empty() {
             bail!("the node's name is empty: give --node-name");
         }
-        let names = |text: &str| text.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
+        let names = |text: &str| {
+            text.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
+        };
         Ok(Config {
             node_name: Arc::from(node_name),
             bpf_root: bpf_root.to_owned(),

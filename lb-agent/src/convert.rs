@@ -9,15 +9,12 @@ use std::{
 
 use ipnet::IpNet;
 use k8s_openapi::{
-    api::{
-        core::v1 as core,
-        discovery::v1 as discovery,
-    },
+    api::{core::v1 as core, discovery::v1 as discovery},
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 use lb_core::model::{
-    ContainerPort, Endpoint, EndpointSlice, Family, Node, ObjectName, Pod, Protocol, Service, ServicePort, ServiceType,
-    SlicePort, TargetPort, TrafficPolicy, Warning,
+    ContainerPort, Endpoint, EndpointSlice, Family, Node, ObjectName, Pod, Protocol, Service, ServicePort,
+    ServiceType, SlicePort, TargetPort, TrafficPolicy, Warning,
 };
 
 /// A Service with this label is another proxy's.
@@ -41,7 +38,11 @@ impl<'a> Noted<'a> {
     }
 
     fn warn(&mut self, field: impl Into<String>, problem: impl Into<String>) {
-        self.warnings.push(Warning { object: self.object.clone(), field: field.into(), problem: problem.into() });
+        self.warnings.push(Warning {
+            object: self.object.clone(),
+            field: field.into(),
+            problem: problem.into(),
+        });
     }
 }
 
@@ -80,18 +81,18 @@ pub fn service(object: &core::Service, warnings: &mut Vec<Warning>) -> Option<Se
     let source_ranges = spec.load_balancer_source_ranges.iter().flatten();
     Some(Service {
         uid: Arc::from(object.metadata.uid.as_deref().unwrap_or_default()),
-        created_unix_secs: object
-            .metadata
-            .creation_timestamp
-            .as_ref()
-            .map_or(0, |time| time.0.as_second()),
+        created_unix_secs: object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
         service_type: match spec.type_.as_deref() {
             Some("NodePort") => ServiceType::NodePort,
             Some("LoadBalancer") => ServiceType::LoadBalancer,
             _ => ServiceType::ClusterIp,
         },
         cluster_ips: addresses(&cluster_ips, "spec.clusterIPs", &mut noted),
-        external_ips: addresses(spec.external_ips.as_deref().unwrap_or_default(), "spec.externalIPs", &mut noted),
+        external_ips: addresses(
+            spec.external_ips.as_deref().unwrap_or_default(),
+            "spec.externalIPs",
+            &mut noted,
+        ),
         load_balancer_ips: addresses(&load_balancer_ips, "status.loadBalancer.ingress", &mut noted),
         source_ranges: source_ranges
             .enumerate()
@@ -120,7 +121,9 @@ fn affinity(spec: &core::ServiceSpec) -> Option<u32> {
     (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
         let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
         let secs = config.and_then(|config| config.timeout_seconds);
-        secs.and_then(|secs| u32::try_from(secs).ok()).filter(|secs| *secs > 0).unwrap_or(DEFAULT_AFFINITY_SECS)
+        secs.and_then(|secs| u32::try_from(secs).ok())
+            .filter(|secs| *secs > 0)
+            .unwrap_or(DEFAULT_AFFINITY_SECS)
     })
 }
 
@@ -138,7 +141,10 @@ fn service_ports(spec: &core::ServiceSpec, noted: &mut Noted<'_>) -> Vec<Service
         };
         let node_port = port.node_port.filter(|number| *number != 0);
         if node_port.is_some_and(|number| port_number(number).is_none()) {
-            noted.warn(field("nodePort"), format!("{} is no port; no NodePort is served", node_port.unwrap_or(0)));
+            noted.warn(
+                field("nodePort"),
+                format!("{} is no port; no NodePort is served", node_port.unwrap_or(0)),
+            );
         }
         let target = match &port.target_port {
             None => TargetPort::Number(number),
@@ -167,7 +173,10 @@ fn service_ports(spec: &core::ServiceSpec, noted: &mut Noted<'_>) -> Vec<Service
 }
 
 /// An EndpointSlice, or `None` if it belongs to no Service of ours or holds names.
-pub fn endpoint_slice(object: &discovery::EndpointSlice, warnings: &mut Vec<Warning>) -> Option<EndpointSlice> {
+pub fn endpoint_slice(
+    object: &discovery::EndpointSlice,
+    warnings: &mut Vec<Warning>,
+) -> Option<EndpointSlice> {
     let name = name(&object.metadata);
     let mut noted = Noted::new("EndpointSlice", &name, warnings);
     let family = match object.address_type.as_str() {
@@ -291,7 +300,9 @@ fn addresses(texts: &[String], field: &str, noted: &mut Noted<'_>) -> Vec<IpAddr
     for (index, text) in texts.iter().enumerate() {
         match address(text) {
             Some(addr) => addresses.push(addr),
-            None => noted.warn(format!("{field}[{index}]"), format!("{text:?} is no IP address; it is left out")),
+            None => {
+                noted.warn(format!("{field}[{index}]"), format!("{text:?} is no IP address; it is left out"));
+            }
         }
     }
     addresses
@@ -355,7 +366,10 @@ mod tests {
     #[test]
     fn affinity_has_kubernetes_default() {
         let affinity = |text: &str| {
-            convert(&format!("{{metadata: {{name: a}}, spec: {{clusterIP: 10.0.0.1, {text}}}}}")).0.unwrap().affinity_secs
+            convert(&format!("{{metadata: {{name: a}}, spec: {{clusterIP: 10.0.0.1, {text}}}}}"))
+                .0
+                .unwrap()
+                .affinity_secs
         };
         assert_eq!(affinity("sessionAffinity: None"), None);
         assert_eq!(affinity("sessionAffinity: ClientIP"), Some(10_800));

@@ -150,7 +150,8 @@ impl Netlink {
                 _ => None,
             };
             // IPv4 has both, and Address is the peer of a point-to-point link; IPv6 has Address alone.
-            let addr = address.attributes.iter().find_map(local).or_else(|| address.attributes.iter().find_map(any));
+            let addr =
+                address.attributes.iter().find_map(local).or_else(|| address.attributes.iter().find_map(any));
             if let (Some(addr), Some(device)) = (addr, found.devices.get_mut(&address.header.index))
                 && !addr.is_loopback()
             {
@@ -247,7 +248,11 @@ impl RawDevice {
         let named = |names: &[String]| names.contains(&self.name);
         let external = match &choice.external {
             Some(names) => named(names),
-            None => has_default_route || self.is_overlay() || (self.is_ethernet_like() && !self.addresses.is_empty()),
+            None => {
+                has_default_route
+                    || self.is_overlay()
+                    || (self.is_ethernet_like() && !self.addresses.is_empty())
+            }
         };
         if external && self.name != "lo" {
             return DeviceClass::External;
@@ -266,10 +271,7 @@ impl RawDevice {
 
     /// A physical device (it has no kind), or one of those that stand for one.
     fn is_ethernet_like(&self) -> bool {
-        matches!(
-            self.kind,
-            None | Some(InfoKind::Bond | InfoKind::Vlan | InfoKind::MacVlan | InfoKind::Veth)
-        )
+        matches!(self.kind, None | Some(InfoKind::Bond | InfoKind::Vlan | InfoKind::MacVlan | InfoKind::Veth))
     }
 }
 
@@ -338,11 +340,26 @@ mod tests {
         let named = DeviceChoice { external: Some(vec!["eth1".into()]), pods: Some(Vec::new()) };
         let rows = [
             (device("eth0", None, false, Some("192.0.2.1")), false, &auto, DeviceClass::External),
-            (device("eth0", Some(InfoKind::Veth), true, Some("192.0.2.1")), true, &auto, DeviceClass::External),
+            (
+                device("eth0", Some(InfoKind::Veth), true, Some("192.0.2.1")),
+                true,
+                &auto,
+                DeviceClass::External,
+            ),
             (device("veth1", Some(InfoKind::Veth), true, None), false, &auto, DeviceClass::Pod),
             (device("veth1", Some(InfoKind::Veth), false, None), false, &auto, DeviceClass::Other),
-            (device("cni0", Some(InfoKind::Bridge), false, Some("10.244.1.1")), false, &auto, DeviceClass::Other),
-            (device("flannel.1", Some(InfoKind::Vxlan), false, Some("10.244.1.0")), false, &auto, DeviceClass::External),
+            (
+                device("cni0", Some(InfoKind::Bridge), false, Some("10.244.1.1")),
+                false,
+                &auto,
+                DeviceClass::Other,
+            ),
+            (
+                device("flannel.1", Some(InfoKind::Vxlan), false, Some("10.244.1.0")),
+                false,
+                &auto,
+                DeviceClass::External,
+            ),
             (device("lo", None, false, None), false, &auto, DeviceClass::Other),
             (device("eth0", None, false, Some("192.0.2.1")), true, &named, DeviceClass::Other),
             (device("eth1", None, false, None), false, &named, DeviceClass::External),

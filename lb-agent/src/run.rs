@@ -108,7 +108,10 @@ async fn start_source_kubernetes(kubernetes: Kubernetes, reports: mpsc::Sender<R
     kubernetes.run(reports).await
 }
 
-fn start_source(config: &Config, reports: mpsc::Sender<Report>) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>> {
+fn start_source(
+    config: &Config,
+    reports: mpsc::Sender<Report>,
+) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>> {
     match config.source.clone() {
         SourceConfig::Manifests(dir) => Box::pin(Manifests::new(dir).run(reports)),
         SourceConfig::Kubernetes { kubeconfig, context } => {
@@ -174,7 +177,9 @@ impl Host {
         let mut attacher = Attacher::new(pins.clone(), programs, config.xdp_mode);
         match &config.cgroup_root {
             Ok(root) => attacher.attach_cgroup(root)?,
-            Err(reason) => warn!(reason, "no socket hooks: pods are served at their veths, host processes are not"),
+            Err(reason) => {
+                warn!(reason, "no socket hooks: pods are served at their veths, host processes are not");
+            }
         }
         let netlink = Netlink::connect(config.devices.clone())?;
         Ok(Self { netlink, attacher, maps, node, forwarding_warned: false })
@@ -220,7 +225,8 @@ fn start_trace(programs: &mut Programs, filter: lb_common::abi::TraceFilter) -> 
         if name == "sock" {
             continue;
         }
-        let mut logger = aya_log::EbpfLogger::init(ebpf).with_context(|| format!("read the log of {name}.o"))?;
+        let mut logger =
+            aya_log::EbpfLogger::init(ebpf).with_context(|| format!("read the log of {name}.o"))?;
         tokio::spawn(async move {
             loop {
                 logger.flush();
@@ -233,7 +239,8 @@ fn start_trace(programs: &mut Programs, filter: lb_common::abi::TraceFilter) -> 
 
 /// The cookie of this process's network namespace (`SO_NETNS_COOKIE`).
 fn netns_cookie() -> std::io::Result<u64> {
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").or_else(|_| std::net::UdpSocket::bind("[::1]:0"))?;
+    let socket =
+        std::net::UdpSocket::bind("127.0.0.1:0").or_else(|_| std::net::UdpSocket::bind("[::1]:0"))?;
     let mut cookie = 0u64;
     let mut len = size_of::<u64>() as libc::socklen_t;
     // SAFETY: cookie is eight bytes long, as len says.
@@ -333,7 +340,9 @@ impl Worker {
 
     fn take(&mut self, input: Input) {
         match input {
-            Input::Source(Report::Changed(events)) => events.into_iter().for_each(|event: Event| self.compiler.apply(event)),
+            Input::Source(Report::Changed(events)) => {
+                events.into_iter().for_each(|event: Event| self.compiler.apply(event));
+            }
             Input::Source(Report::Synced) => self.synced = true,
             Input::Source(Report::Warnings(origin, warnings)) => {
                 if warnings.is_empty() {

@@ -68,13 +68,18 @@ pub async fn start(healthz: SocketAddr, metrics: SocketAddr, health: Arc<Health>
     let shared = Shared { health, pins };
     let health_router = Router::new().route("/healthz", get(health_page)).route("/livez", get(live_page));
     serve(healthz, "--healthz-bind-address", health_router.with_state(shared.clone())).await?;
-    serve(metrics, "--metrics-bind-address", Router::new().route("/metrics", get(metrics_page)).with_state(shared)).await
+    serve(
+        metrics,
+        "--metrics-bind-address",
+        Router::new().route("/metrics", get(metrics_page)).with_state(shared),
+    )
+    .await
 }
 
 async fn serve(addr: SocketAddr, option: &str, router: Router) -> Result<()> {
-    let listener = tokio::net::TcpListener::bind(addr)
-        .await
-        .with_context(|| format!("listen on {addr}: is another proxy running? choose another with {option}"))?;
+    let listener = tokio::net::TcpListener::bind(addr).await.with_context(|| {
+        format!("listen on {addr}: is another proxy running? choose another with {option}")
+    })?;
     tokio::spawn(async move { axum::serve(listener, router).await });
     Ok(())
 }
@@ -88,7 +93,12 @@ async fn health_page(State(shared): State<Shared>) -> impl IntoResponse {
         (Some(_), None) => None,
     };
     let status = if reason.is_none() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({ "healthy": reason.is_none(), "reason": reason, "lastUpdated": unix_secs(inner.last_sync) })))
+    (
+        status,
+        Json(
+            json!({ "healthy": reason.is_none(), "reason": reason, "lastUpdated": unix_secs(inner.last_sync) }),
+        ),
+    )
 }
 
 /// 200 as long as the agent answers: a node that can't be programmed isn't helped by a restart.
@@ -105,13 +115,31 @@ async fn metrics_page(State(shared): State<Shared>) -> String {
     metric("lb_services", "gauge", "Service ports served.", inner.services as f64);
     metric("lb_frontends", "gauge", "Frontends served.", inner.frontends as f64);
     metric("lb_backends", "gauge", "Backends of all service ports.", inner.backends as f64);
-    metric("lb_refused_service_ports", "gauge", "Service ports without a place in the maps.", inner.refused as f64);
+    metric(
+        "lb_refused_service_ports",
+        "gauge",
+        "Service ports without a place in the maps.",
+        inner.refused as f64,
+    );
     metric("lb_syncs_total", "counter", "Tables programmed.", inner.syncs as f64);
     metric("lb_sync_errors_total", "counter", "Tables that could not be programmed.", inner.errors as f64);
-    metric("lb_sync_duration_seconds", "gauge", "Duration of the last sync.", inner.last_duration.as_secs_f64());
-    metric("lb_sync_last_timestamp_seconds", "gauge", "Unix time of the last sync.", unix_secs(inner.last_sync));
+    metric(
+        "lb_sync_duration_seconds",
+        "gauge",
+        "Duration of the last sync.",
+        inner.last_duration.as_secs_f64(),
+    );
+    metric(
+        "lb_sync_last_timestamp_seconds",
+        "gauge",
+        "Unix time of the last sync.",
+        unix_secs(inner.last_sync),
+    );
     if let Ok(counters) = metrics(&shared.pins) {
-        let _ = writeln!(text, "# HELP lb_packets_total Program runs by outcome.\n# TYPE lb_packets_total counter");
+        let _ = writeln!(
+            text,
+            "# HELP lb_packets_total Program runs by outcome.\n# TYPE lb_packets_total counter"
+        );
         for (hook, outcome, count) in counters {
             let (hook, outcome) = (hook.as_str(), outcome.as_str());
             let _ = writeln!(text, "lb_packets_total{{hook=\"{hook}\",outcome=\"{outcome}\"}} {count}");

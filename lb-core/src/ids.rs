@@ -61,7 +61,8 @@ impl RangePool {
 
     /// A run of `count` places (at least one), or `None` if no free run is long enough.
     pub fn take(&mut self, count: u32) -> Option<u32> {
-        let (first, len) = self.free.iter().find(|(_, len)| **len >= count).map(|(first, len)| (*first, *len))?;
+        let (first, len) =
+            self.free.iter().find(|(_, len)| **len >= count).map(|(first, len)| (*first, *len))?;
         self.free.remove(&first);
         if len > count {
             self.free.insert(first + count, len - count);
@@ -71,7 +72,8 @@ impl RangePool {
 
     /// Marks a run as taken that an earlier process gave; says whether all of it was free.
     pub fn reserve(&mut self, first: u32, count: u32) -> bool {
-        let Some((start, len)) = self.free.range(..=first).next_back().map(|(start, len)| (*start, *len)) else {
+        let Some((start, len)) = self.free.range(..=first).next_back().map(|(start, len)| (*start, *len))
+        else {
             return false;
         };
         if start + len < first + count {

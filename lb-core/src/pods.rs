@@ -1,7 +1,9 @@
 //! Endpoints derived from Pods, for manifests without EndpointSlices: what the endpointslice controller would write
 //! (`pkg/controller/endpointslice` and `staging/src/k8s.io/endpointslice`).
 
-use crate::model::{Endpoint, EndpointSlice, Family, ObjectName, Pod, Service, ServicePort, SlicePort, TargetPort};
+use crate::model::{
+    Endpoint, EndpointSlice, Family, ObjectName, Pod, Service, ServicePort, SlicePort, TargetPort,
+};
 
 /// Does the Service's selector choose the Pod? A Service without selector chooses none.
 pub(crate) fn selects(service: &Service, pod: &Pod) -> bool {
@@ -42,7 +44,10 @@ fn target(port: &ServicePort, pod: &Pod) -> Option<SlicePort> {
     let number = match &port.target {
         TargetPort::Number(number) => *number,
         TargetPort::Name(name) => {
-            pod.ports.iter().find(|declared| declared.name == *name && declared.protocol == port.protocol)?.port
+            pod.ports
+                .iter()
+                .find(|declared| declared.name == *name && declared.protocol == port.protocol)?
+                .port
         }
     };
     Some(SlicePort { name: port.name.clone(), protocol: port.protocol, port: number })

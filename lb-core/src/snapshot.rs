@@ -105,7 +105,10 @@ impl ClusterSnapshot {
     }
 
     fn selecting<'a>(&'a self, pod: &'a Pod) -> impl Iterator<Item = ObjectName> + 'a {
-        self.services.values().filter(|service| pods::selects(service, pod)).map(|service| service.name.clone())
+        self.services
+            .values()
+            .filter(|service| pods::selects(service, pod))
+            .map(|service| service.name.clone())
     }
 
     fn remove_slice(&mut self, name: &ObjectName) -> Option<ObjectName> {

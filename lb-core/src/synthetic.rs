@@ -7,14 +7,15 @@ use std::{
 };
 
 use crate::model::{
-    Endpoint, EndpointSlice, Event, Family, ObjectName, Protocol, Service, ServicePort, ServiceType, SlicePort,
-    TargetPort, TrafficPolicy,
+    Endpoint, EndpointSlice, Event, Family, ObjectName, Protocol, Service, ServicePort, ServiceType,
+    SlicePort, TargetPort, TrafficPolicy,
 };
 
 /// Events that make `services` Services (ClusterIP 10.96.0.1 and on, port 80) with `endpoints` ready endpoints each,
 /// spread over 100 nodes.
 pub fn cluster(services: u32, endpoints: u32) -> impl Iterator<Item = Event> {
-    (0..services).flat_map(move |i| [Event::Service(service(i)), Event::EndpointSlice(slice(i, endpoints, 0))])
+    (0..services)
+        .flat_map(move |i| [Event::Service(service(i)), Event::EndpointSlice(slice(i, endpoints, 0))])
 }
 
 /// The `i`-th Service.

@@ -133,7 +133,8 @@ impl Cluster {
     }
 
     fn build_pod(&mut self, node: u8, pod: u8) -> Result<()> {
-        let (node_name, name, veth) = (format!("node{node}"), format!("pod{node}{pod}"), format!("veth{node}{pod}"));
+        let (node_name, name, veth) =
+            (format!("node{node}"), format!("pod{node}{pod}"), format!("veth{node}{pod}"));
         self.lab.add_ns(&name)?;
         let lab = &self.lab;
         lab.veth((&node_name, &veth), (&name, "eth0"))?;
@@ -215,7 +216,11 @@ impl Cluster {
             if let Some(status) = child.try_wait()? {
                 bail!("lb-agent on {name}: {status}\n{}", self.log_tail(node));
             }
-            let probe = self.lab.command(&name, "curl").args(["-sf", "-m", "1", "http://127.0.0.1:10256/healthz"]).output()?;
+            let probe = self
+                .lab
+                .command(&name, "curl")
+                .args(["-sf", "-m", "1", "http://127.0.0.1:10256/healthz"])
+                .output()?;
             if probe.status.success() {
                 break;
             }
@@ -255,20 +260,30 @@ impl Cluster {
     /// Runs an agent command about a node, such as `service list`.
     pub fn agent(&self, node: u8, args: &[&str]) -> Result<String> {
         let name = format!("node{node}");
-        output(self.lab.command(&name, &program("lb-agent")).args(args).arg("--bpf-root").arg(self.lab.bpf_root(&name)))
+        output(
+            self.lab
+                .command(&name, &program("lb-agent"))
+                .args(args)
+                .arg("--bpf-root")
+                .arg(self.lab.bpf_root(&name)),
+        )
     }
 
     /// Waits until a node's agent serves `frontend` (as `service list` prints it) with so many backends outside.
     pub fn wait_for(&self, node: u8, frontend: &str, backends: usize) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
-            let rows: serde_json::Value = serde_json::from_str(&self.agent(node, &["service", "list", "-o", "json"])?)?;
+            let rows: serde_json::Value =
+                serde_json::from_str(&self.agent(node, &["service", "list", "-o", "json"])?)?;
             let found = rows.as_array().into_iter().flatten().find(|row| row["frontend"] == frontend);
             if found.is_some_and(|row| row["internal"].as_array().map_or(0, Vec::len) == backends) {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!("node{node} doesn't serve {frontend} with {backends} backends:\n{rows:#}\n{}", self.log_tail(node));
+                bail!(
+                    "node{node} doesn't serve {frontend} with {backends} backends:\n{rows:#}\n{}",
+                    self.log_tail(node)
+                );
             }
             std::thread::sleep(Duration::from_millis(20));
         }

@@ -33,7 +33,8 @@ impl Lab {
         let name = format!("{PREFIX}{}x{}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed));
         let lab = Self { name, namespaces: Vec::new(), children: Vec::new(), keep: false };
         fs::create_dir_all(lab.dir()).context("make the lab's folder")?;
-        fs::create_dir_all(lab.cgroup("base")).context("make the lab's cgroup: is cgroup v2 mounted, are we root?")?;
+        fs::create_dir_all(lab.cgroup("base"))
+            .context("make the lab's cgroup: is cgroup v2 mounted, are we root?")?;
         Ok(lab)
     }
 
@@ -94,7 +95,9 @@ impl Lab {
     /// Switches offloads of a device on or off.
     pub fn offloads(&self, ns: &str, device: &str, on: bool) -> Result<()> {
         let state = if on { "on" } else { "off" };
-        run(self.command(ns, "ethtool").args(["-K", device, "tx", state, "rx", state, "gso", state, "gro", state, "tso", state]))
+        run(self
+            .command(ns, "ethtool")
+            .args(["-K", device, "tx", state, "rx", state, "gso", state, "gro", state, "tso", state]))
     }
 
     /// A command in a namespace.
@@ -110,7 +113,10 @@ impl Lab {
         fs::create_dir_all(&dir).with_context(|| format!("make cgroup {}", dir.display()))?;
         let mut command = Command::new("sh");
         command
-            .args(["-c", "echo $$ > \"$0/cgroup.procs\" && ns=$1 && shift && exec nsenter --net=\"$ns\" -- \"$@\""])
+            .args([
+                "-c",
+                "echo $$ > \"$0/cgroup.procs\" && ns=$1 && shift && exec nsenter --net=\"$ns\" -- \"$@\"",
+            ])
             .arg(dir)
             .arg(format!("/run/netns/{}", self.ns(ns)))
             .arg(program);

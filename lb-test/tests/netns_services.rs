@@ -30,9 +30,7 @@ fn manifests() -> String {
         format!(
             "kind: Service\nmetadata: {{name: ranged}}\nspec: {{type: LoadBalancer, clusterIP: 10.96.0.16, selector: {{app: web}}, loadBalancerSourceRanges: [{CLIENT}/32], ports: [{{port: 80, targetPort: http}}]}}\nstatus: {{loadBalancer: {{ingress: [{{ip: 198.51.100.16}}]}}}}\n---\n"
         ),
-        format!(
-            "kind: Service\nmetadata: {{name: closed}}\nspec: {{type: LoadBalancer, clusterIP: 10.96.0.17, selector: {{app: web}}, loadBalancerSourceRanges: [203.0.113.0/24], ports: [{{port: 80, targetPort: http}}]}}\nstatus: {{loadBalancer: {{ingress: [{{ip: 198.51.100.17}}]}}}}\n---\n"
-        ),
+        "kind: Service\nmetadata: {name: closed}\nspec: {type: LoadBalancer, clusterIP: 10.96.0.17, selector: {app: web}, loadBalancerSourceRanges: [203.0.113.0/24], ports: [{port: 80, targetPort: http}]}\nstatus: {loadBalancer: {ingress: [{ip: 198.51.100.17}]}}\n---\n".to_string(),
     ]
     .concat()
 }
@@ -87,44 +85,129 @@ fn row(
 fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
     for (v6, vip, ext, node, pod, client) in [
-        (false, "10.96.0.", "198.51.100.", node_ip as fn(u8) -> String, pod_ip as fn(u8, u8) -> String, CLIENT),
+        (
+            false,
+            "10.96.0.",
+            "198.51.100.",
+            node_ip as fn(u8) -> String,
+            pod_ip as fn(u8, u8) -> String,
+            CLIENT,
+        ),
         (true, "fd00:10:96::", "2001:db8:ffff::", node_ip6, pod_ip6, CLIENT6),
     ] {
-        let at = |addr: &str, port: u16| if v6 { format!("[{addr}]:{port}") } else { format!("{addr}:{port}") };
+        let at =
+            |addr: &str, port: u16| if v6 { format!("[{addr}]:{port}") } else { format!("{addr}:{port}") };
         let vip = |n: u8| at(&format!("{vip}{n}"), 80);
         let ext = |n: u8| at(&format!("{ext}{n}"), 80);
         let np = |n: u8, port: u16| at(&node(n), port);
         // Sockets.
         rows.push(row("pod to service", "pod12", Some(1), vip(10), Ok(ANY), Some(&pod(1, 2))));
-        rows.push(row("pod to backend on this node", "pod12", Some(1), vip(11), Ok(&["pod11"]), Some(&pod(1, 2))));
-        rows.push(row("pod to backend on the other node", "pod12", Some(1), vip(12), Ok(&["pod21"]), Some(&pod(1, 2))));
+        rows.push(row(
+            "pod to backend on this node",
+            "pod12",
+            Some(1),
+            vip(11),
+            Ok(&["pod11"]),
+            Some(&pod(1, 2)),
+        ));
+        rows.push(row(
+            "pod to backend on the other node",
+            "pod12",
+            Some(1),
+            vip(12),
+            Ok(&["pod21"]),
+            Some(&pod(1, 2)),
+        ));
         rows.push(row("pod to itself", "pod11", Some(1), vip(11), Ok(&["pod11"]), None));
         rows.push(row("host to service", "node1", Some(1), vip(10), Ok(ANY), None));
         rows.push(row("host to external IP", "node2", Some(2), ext(12), Ok(&["pod21"]), None));
         rows.push(row("pod to node port", "pod12", Some(1), np(1, 30080), Ok(ANY), None));
         rows.push(row("no endpoints", "pod12", Some(1), vip(15), Err("refused"), None));
-        rows.push(row("unknown port of a VIP", "pod12", Some(1), vip(10).replace("80", "81"), Err("refused"), None));
+        rows.push(row(
+            "unknown port of a VIP",
+            "pod12",
+            Some(1),
+            vip(10).replace("80", "81"),
+            Err("refused"),
+            None,
+        ));
         // Packets of pods.
         rows.push(row("veth: pod to service", "pod12", None, vip(10), Ok(ANY), Some(&pod(1, 2))));
-        rows.push(row("veth: backend on this node", "pod12", None, vip(11), Ok(&["pod11"]), Some(&pod(1, 2))));
-        rows.push(row("veth: backend on the other node", "pod12", None, vip(12), Ok(&["pod21"]), Some(&pod(1, 2))));
+        rows.push(row(
+            "veth: backend on this node",
+            "pod12",
+            None,
+            vip(11),
+            Ok(&["pod11"]),
+            Some(&pod(1, 2)),
+        ));
+        rows.push(row(
+            "veth: backend on the other node",
+            "pod12",
+            None,
+            vip(12),
+            Ok(&["pod21"]),
+            Some(&pod(1, 2)),
+        ));
         rows.push(row("veth: pod to itself", "pod11", None, vip(11), Ok(&["pod11"]), Some(&node(1))));
         rows.push(row("veth: no endpoints", "pod12", None, vip(15), Err("refused"), None));
-        rows.push(row("veth: unknown port", "pod12", None, vip(10).replace("80", "81"), Err("refused"), None));
+        rows.push(row(
+            "veth: unknown port",
+            "pod12",
+            None,
+            vip(10).replace("80", "81"),
+            Err("refused"),
+            None,
+        ));
         rows.push(row("veth: node port", "pod12", None, np(1, 30082), Ok(&["pod21"]), Some(&pod(1, 2))));
         // From outside.
         rows.push(row("outside to external IP", "client", None, ext(10), Ok(ANY), None));
-        rows.push(row("local backend sees the client", "client", None, ext(11), Ok(&["pod11"]), Some(client)));
-        rows.push(row("remote backend sees the node", "client", None, ext(12), Ok(&["pod21"]), Some(&node(1))));
+        rows.push(row(
+            "local backend sees the client",
+            "client",
+            None,
+            ext(11),
+            Ok(&["pod11"]),
+            Some(client),
+        ));
+        rows.push(row(
+            "remote backend sees the node",
+            "client",
+            None,
+            ext(12),
+            Ok(&["pod21"]),
+            Some(&node(1)),
+        ));
         rows.push(row("node port, local", "client", None, np(1, 30081), Ok(&["pod11"]), Some(client)));
         rows.push(row("node port, remote", "client", None, np(2, 30081), Ok(&["pod11"]), Some(&node(2))));
         rows.push(row("node port 2, local", "client", None, np(2, 30082), Ok(&["pod21"]), Some(client)));
         rows.push(row("node port without endpoints", "client", None, np(1, 30085), Err("refused"), None));
-        rows.push(row("unknown port of a VIP, outside", "client", None, ext(11).replace("80", "81"), Err("refused"), None));
-        rows.push(row("eTP Local keeps the client", "client", None, np(1, 30084), Ok(&["pod11"]), Some(client)));
+        rows.push(row(
+            "unknown port of a VIP, outside",
+            "client",
+            None,
+            ext(11).replace("80", "81"),
+            Err("refused"),
+            None,
+        ));
+        rows.push(row(
+            "eTP Local keeps the client",
+            "client",
+            None,
+            np(1, 30084),
+            Ok(&["pod11"]),
+            Some(client),
+        ));
         rows.push(row("eTP Local without endpoint here", "client", None, np(2, 30084), Err("timeout"), None));
         rows.push(row("another port of a node", "client", None, np(1, 9000), Ok(&["node1"]), Some(client)));
-        rows.push(row("another port, from the other node", "node2", Some(2), np(1, 9000), Ok(&["node1"]), None));
+        rows.push(row(
+            "another port, from the other node",
+            "node2",
+            Some(2),
+            np(1, 9000),
+            Ok(&["node1"]),
+            None,
+        ));
     }
     let node1 = format!("{}:80", node_ip(1));
     rows.push(row("node's own address as external IP", "client", None, &*node1, Ok(ANY), None));
@@ -134,7 +217,14 @@ fn rows() -> Vec<Row> {
     rows.push(row("localhost node port, pod", "pod12", Some(1), "127.0.0.1:30080", Err("refused"), None));
     rows.push(row("iTP Local", "pod12", Some(1), "10.96.0.14:80", Ok(&["pod11"]), None));
     rows.push(row("iTP Local without endpoint here", "pod22", Some(2), "10.96.0.14:80", Err("denied"), None));
-    rows.push(row("veth: iTP Local without endpoint here", "pod22", None, "10.96.0.14:80", Err("timeout"), None));
+    rows.push(row(
+        "veth: iTP Local without endpoint here",
+        "pod22",
+        None,
+        "10.96.0.14:80",
+        Err("timeout"),
+        None,
+    ));
     rows.push(row("allowed source", "client", None, "198.51.100.16:80", Ok(ANY), None));
     rows.push(row("source not allowed", "client", None, "198.51.100.17:80", Err("timeout"), None));
     rows.push(row("veth: source not allowed", "pod12", None, "198.51.100.16:80", Err("timeout"), None));
@@ -242,7 +332,8 @@ fn clients_with_affinity_keep_their_backend() {
             );
         }
     }
-    let answers = cluster.ask("client", None, &["tcp", &format!("{}:30080", node_ip(1)), "--count", "40"]).unwrap();
+    let answers =
+        cluster.ask("client", None, &["tcp", &format!("{}:30080", node_ip(1)), "--count", "40"]).unwrap();
     for pod in ANY {
         let share = answers.iter().filter(|answer| answer.id.as_deref() == Some(pod)).count();
         assert!((5..=35).contains(&share), "without affinity both serve: {pod} had {share} of 40");
@@ -254,7 +345,13 @@ fn restarts_break_nothing() {
     let mut cluster = cluster(Cni::Bridge, &[]);
     let load = ["load", "198.51.100.10:80", "--connections", "200", "--udp", "20", "--secs", "25"];
     let outside = cluster.spawn("client", None, &load).unwrap();
-    let inside = cluster.spawn("pod12", Some(1), &["load", "10.96.0.10:80", "--connections", "50", "--udp", "10", "--secs", "25"]).unwrap();
+    let inside = cluster
+        .spawn(
+            "pod12",
+            Some(1),
+            &["load", "10.96.0.10:80", "--connections", "50", "--udp", "10", "--secs", "25"],
+        )
+        .unwrap();
     std::thread::sleep(std::time::Duration::from_secs(1));
     for round in 0..20 {
         let signal = if round % 2 == 0 { libc::SIGKILL } else { libc::SIGTERM };
@@ -262,7 +359,8 @@ fn restarts_break_nothing() {
         cluster.start_agent(1).unwrap();
     }
     for child in [outside, inside] {
-        let report: serde_json::Value = serde_json::from_str(&lb_test::cluster::finish(child).unwrap()).unwrap();
+        let report: serde_json::Value =
+            serde_json::from_str(&lb_test::cluster::finish(child).unwrap()).unwrap();
         println!("{report}");
         for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
             assert_eq!(report[failure], 0, "{report}");
@@ -288,7 +386,8 @@ fn cleanup_removes_all_and_only_ours() {
     assert!(cluster.lab.bpf_root("node2").exists(), "the other node's pins stay");
     assert_eq!(cluster.tcp("pod12", None, target).unwrap().id, None);
     assert!(cluster.tcp("pod22", None, target).unwrap().id.is_some(), "the other node serves on");
-    let links = lb_test::netns::output(cluster.lab.command("node1", "bpftool").args(["net", "show"])).unwrap();
+    let links =
+        lb_test::netns::output(cluster.lab.command("node1", "bpftool").args(["net", "show"])).unwrap();
     assert!(!links.contains("lb_"), "{links}");
     assert!(cluster.agent(1, &["service", "list"]).unwrap_err().to_string().contains("nothing is pinned"));
 }
@@ -307,8 +406,10 @@ fn changes_are_followed() {
 
     // A backend that goes is not chosen any more; UDP flows to it choose anew at once.
     cluster.serve("pod22", 8080).unwrap();
-    let with = manifests().replace("name: pod21, labels: {app: web, pod: pod21}", "name: pod22, labels: {app: web, pod: pod22}")
-        .replace(&pod_ip(2, 1), &pod_ip(2, 2)).replace(&pod_ip6(2, 1), &pod_ip6(2, 2));
+    let with = manifests()
+        .replace("name: pod21, labels: {app: web, pod: pod21}", "name: pod22, labels: {app: web, pod: pod22}")
+        .replace(&pod_ip(2, 1), &pod_ip(2, 2))
+        .replace(&pod_ip6(2, 1), &pod_ip6(2, 2));
     cluster.apply("services.yaml", &with).unwrap();
     cluster.wait_for(1, "10.96.0.12:80/TCP", 0).unwrap();
     cluster.wait_for(2, "10.96.0.12:80/TCP", 0).unwrap();

@@ -11,7 +11,16 @@ pub const UNPRIVILEGED: [&str; 4] = ["xtask", "lb-common", "lb-core", "lb-agent"
 pub fn run() -> Result<()> {
     cargo::run(&["fmt", "--all", "--check"])?;
     build_ebpf::run(false)?;
-    cargo::run(&["clippy", "--quiet", "--workspace", "--exclude", "lb-ebpf", "--all-targets", "--", "-Dwarnings"])?;
+    cargo::run(&[
+        "clippy",
+        "--quiet",
+        "--workspace",
+        "--exclude",
+        "lb-ebpf",
+        "--all-targets",
+        "--",
+        "-Dwarnings",
+    ])?;
     tidy::run()?;
     let mut args = vec!["test", "--quiet"];
     UNPRIVILEGED.iter().for_each(|name| args.extend(["-p", name]));

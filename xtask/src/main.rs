@@ -88,12 +88,23 @@ fn main() -> Result<()> {
             setup::ensure()?;
             build_ebpf::run(false)?;
             let mode = if write { "--write" } else { "--budget" };
-            cargo::run(&["run", "--quiet", "-p", "lb-test", "--bin", "verify", "--", mode, "lb-ebpf/verifier.toml"])
+            cargo::run(&[
+                "run",
+                "--quiet",
+                "-p",
+                "lb-test",
+                "--bin",
+                "verify",
+                "--",
+                mode,
+                "lb-ebpf/verifier.toml",
+            ])
         }
         Command::Bench { what, json } => {
             setup::ensure()?;
             build_ebpf::run(false)?;
-            let mut args = vec!["run", "--quiet", "--release", "-p", "lb-test", "--bin", "bench", "--", &what];
+            let mut args =
+                vec!["run", "--quiet", "--release", "-p", "lb-test", "--bin", "bench", "--", &what];
             if json {
                 args.push("--json");
             }

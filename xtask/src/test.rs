@@ -48,14 +48,33 @@ pub fn run(rings: &[Ring]) -> Result<()> {
             Ring::Packet => {
                 build_ebpf::verify()?;
                 cargo_test(
-                    &["test", "--no-fail-fast", "-p", "lb-test", "--lib", "--test", "packet_*", "--", "--test-threads=2"],
+                    &[
+                        "test",
+                        "--no-fail-fast",
+                        "-p",
+                        "lb-test",
+                        "--lib",
+                        "--test",
+                        "packet_*",
+                        "--",
+                        "--test-threads=2",
+                    ],
                     &mut sum,
                 )?;
             }
             Ring::Netns => {
                 cargo_test(&["build", "-p", "lb-agent", "-p", "lb-test", "--bins"], &mut Sum::default())?;
                 cargo_test(
-                    &["test", "--no-fail-fast", "-p", "lb-test", "--test", "netns_*", "--", "--test-threads=1"],
+                    &[
+                        "test",
+                        "--no-fail-fast",
+                        "-p",
+                        "lb-test",
+                        "--test",
+                        "netns_*",
+                        "--",
+                        "--test-threads=1",
+                    ],
                     &mut sum,
                 )?;
             }

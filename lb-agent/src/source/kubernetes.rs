@@ -111,7 +111,12 @@ impl Source for Kubernetes {
         let recorder = Recorder::new(client.clone(), reporter);
         let (synced, mut all_synced) = mpsc::channel(3);
         let mut watches = tokio::task::JoinSet::new();
-        watches.spawn(watch::<core::Service>(client.clone(), recorder.clone(), reports.clone(), synced.clone()));
+        watches.spawn(watch::<core::Service>(
+            client.clone(),
+            recorder.clone(),
+            reports.clone(),
+            synced.clone(),
+        ));
         watches.spawn(watch::<discovery::EndpointSlice>(
             client.clone(),
             recorder.clone(),
@@ -133,7 +138,12 @@ impl Source for Kubernetes {
 }
 
 /// Watches one kind for good.
-async fn watch<K: Watched>(client: Client, recorder: Recorder, reports: Reports, synced: mpsc::Sender<()>) -> Result<()> {
+async fn watch<K: Watched>(
+    client: Client,
+    recorder: Recorder,
+    reports: Reports,
+    synced: mpsc::Sender<()>,
+) -> Result<()> {
     let api: Api<DeserializeGuard<K>> = Api::all(client);
     let mut stream = watcher(api, K::config()).default_backoff().boxed();
     let mut known: BTreeSet<ObjectName> = BTreeSet::new();

@@ -25,6 +25,9 @@ const POLL: Duration = Duration::from_secs(10);
 /// Writers take a moment to finish a file.
 const SETTLE: Duration = Duration::from_millis(30);
 
+/// A file, and all that is wrong with it now.
+type FileWarnings = (String, Vec<Warning>);
+
 /// A folder of manifests.
 pub struct Manifests {
     dir: PathBuf,
@@ -48,10 +51,11 @@ impl Manifests {
     }
 
     /// Reads all files and says what changed since the last time.
-    pub fn scan(&mut self) -> Result<(Vec<Event>, Vec<(String, Vec<Warning>)>)> {
+    pub fn scan(&mut self) -> Result<(Vec<Event>, Vec<FileWarnings>)> {
         let before = self.objects();
         let mut texts = BTreeMap::new();
-        let entries = fs::read_dir(&self.dir).with_context(|| format!("read folder {}", self.dir.display()))?;
+        let entries =
+            fs::read_dir(&self.dir).with_context(|| format!("read folder {}", self.dir.display()))?;
         for entry in entries {
             let path = entry.with_context(|| format!("read folder {}", self.dir.display()))?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -74,7 +78,10 @@ impl Manifests {
             match text {
                 Ok(text) if text != state.text => state.read(&path, text),
                 Ok(_) => {}
-                Err(error) => state.warnings = vec![file_warning(&path, "file", format!("{error}; its last state stays"))],
+                Err(error) => {
+                    state.warnings =
+                        vec![file_warning(&path, "file", format!("{error}; its last state stays"))];
+                }
             }
             if state.warnings != known {
                 warnings.push((path.display().to_string(), state.warnings.clone()));
@@ -118,7 +125,9 @@ fn parse(path: &Path, text: &str, warnings: &mut Vec<Warning>) -> Option<BTreeMa
             continue;
         }
         let items = match value.get("kind").and_then(|kind| kind.as_str()) {
-            Some("List") => value.get("items").and_then(|items| items.as_sequence()).cloned().unwrap_or_default(),
+            Some("List") => {
+                value.get("items").and_then(|items| items.as_sequence()).cloned().unwrap_or_default()
+            }
             _ => vec![value],
         };
         for item in items {
@@ -126,7 +135,11 @@ fn parse(path: &Path, text: &str, warnings: &mut Vec<Warning>) -> Option<BTreeMa
                 Ok(Some((key, event))) => drop(objects.insert(key, event)),
                 Ok(None) => {}
                 Err((field, error)) => {
-                    problems.push(file_warning(path, &format!("document {number}{field}"), last_state_stays(&error)));
+                    problems.push(file_warning(
+                        path,
+                        &format!("document {number}{field}"),
+                        last_state_stays(&error),
+                    ));
                 }
             }
         }
@@ -151,7 +164,8 @@ fn event(
         return Err((", kind".into(), "missing".into()));
     }
     let meta = value.get("metadata");
-    let named = meta.and_then(|meta| meta.get("name")).and_then(|name| name.as_str()).unwrap_or_default().to_owned();
+    let named =
+        meta.and_then(|meta| meta.get("name")).and_then(|name| name.as_str()).unwrap_or_default().to_owned();
     if named.is_empty() {
         return Err((", metadata.name".into(), format!("{kind} without a name")));
     }
@@ -160,7 +174,8 @@ fn event(
         "Service" => {
             let object: core::Service = typed(value).map_err(failed)?;
             let name = convert::name(&object.metadata);
-            convert::service(&object, warnings).map(|service| (key("Service", &name), Event::Service(service)))
+            convert::service(&object, warnings)
+                .map(|service| (key("Service", &name), Event::Service(service)))
         }
         "EndpointSlice" => {
             let object: discovery::EndpointSlice = typed(value).map_err(failed)?;
@@ -197,14 +212,16 @@ fn key(kind: &'static str, name: &lb_core::model::ObjectName) -> Key {
 
 /// Events that lead from one set of objects to another.
 fn difference(before: &BTreeMap<Key, Event>, after: &BTreeMap<Key, Event>) -> Vec<Event> {
-    let gone = before.iter().filter(|(key, _)| !after.contains_key(*key)).map(|(_, event)| match event.clone() {
-        Event::Service(service) => Event::ServiceGone(service.name),
-        Event::EndpointSlice(slice) => Event::EndpointSliceGone(slice.name),
-        Event::Node(node) => Event::NodeGone(node.name),
-        Event::Pod(pod) => Event::PodGone(pod.name),
-        other => other,
-    });
-    let changed = after.iter().filter(|(key, event)| before.get(*key) != Some(event)).map(|(_, event)| event.clone());
+    let gone =
+        before.iter().filter(|(key, _)| !after.contains_key(*key)).map(|(_, event)| match event.clone() {
+            Event::Service(service) => Event::ServiceGone(service.name),
+            Event::EndpointSlice(slice) => Event::EndpointSliceGone(slice.name),
+            Event::Node(node) => Event::NodeGone(node.name),
+            Event::Pod(pod) => Event::PodGone(pod.name),
+            other => other,
+        });
+    let changed =
+        after.iter().filter(|(key, event)| before.get(*key) != Some(event)).map(|(_, event)| event.clone());
     gone.chain(changed).collect()
 }
 
@@ -239,7 +256,9 @@ impl Source for Manifests {
                         reports.send(Report::Synced).await?;
                     }
                 }
-                Err(error) if synced => warn!(error = %format!("{error:#}"), "manifests are not readable; the last state stays"),
+                Err(error) if synced => {
+                    warn!(error = %format!("{error:#}"), "manifests are not readable; the last state stays");
+                }
                 Err(error) => return Err(error),
             }
             tokio::select! {
@@ -297,7 +316,10 @@ mod tests {
         folder.write("a.yaml", TWO);
         let mut manifests = Manifests::new(folder.0.clone());
         manifests.scan().unwrap();
-        folder.write("a.yaml", "kind: Service\nmetadata: {name: a}\n---\nkind: Service\nmetadata: {name: b}\nspec: {ports: 7}\n");
+        folder.write(
+            "a.yaml",
+            "kind: Service\nmetadata: {name: a}\n---\nkind: Service\nmetadata: {name: b}\nspec: {ports: 7}\n",
+        );
         let (events, warnings) = manifests.scan().unwrap();
         assert_eq!(events, []);
         let text = warnings[0].1[0].to_string();

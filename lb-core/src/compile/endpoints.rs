@@ -59,7 +59,10 @@ pub(super) fn categorize(
         has_any |= endpoints.values().any(|endpoint| endpoint.ready || draining(endpoint));
     }
     let serving = endpoints.iter().filter(|(_, endpoint)| endpoint.serving).map(|(key, _)| *key).collect();
-    Categorized { entry: ServiceEntry { affinity_secs: service.affinity_secs, cluster, local, serving }, has_any }
+    Categorized {
+        entry: ServiceEntry { affinity_secs: service.affinity_secs, cluster, local, serving },
+        has_any,
+    }
 }
 
 /// The port's endpoints by address and port; of two with the same, one that isn't terminating wins.

@@ -13,7 +13,8 @@ use super::{CompileConfig, NodeView, endpoints};
 use crate::{
     model::{EndpointSlice, Family, Protocol, Service, ServicePort, TrafficPolicy, Warning},
     table::{
-        BackendList, Frontend, FrontendAddr, FrontendKind, Masquerade, NoBackends, Scope, ServiceEntry, ServicePortId,
+        BackendList, Frontend, FrontendAddr, FrontendKind, Masquerade, NoBackends, Scope, ServiceEntry,
+        ServicePortId,
     },
 };
 
@@ -26,7 +27,12 @@ pub(super) struct Resolved {
 }
 
 /// Resolves a Service.
-pub(super) fn resolve(service: &Service, slices: &[EndpointSlice], node: &NodeView, config: &CompileConfig) -> Resolved {
+pub(super) fn resolve(
+    service: &Service,
+    slices: &[EndpointSlice],
+    node: &NodeView,
+    config: &CompileConfig,
+) -> Resolved {
     let mut resolved = Resolved::default();
     let vips = vips(service, &mut resolved.warnings);
     let node_ports = config.node_port_addresses(node);
@@ -39,12 +45,14 @@ pub(super) fn resolve(service: &Service, slices: &[EndpointSlice], node: &NodeVi
             ));
             continue;
         }
-        for family in [Family::V4, Family::V6] {
+        for family in families(service) {
             let of_family = |addr: &&(IpAddr, FrontendKind)| Family::of(addr.0) == family;
             let mut addrs: Vec<(IpAddr, u16, FrontendKind)> =
                 vips.iter().filter(of_family).map(|(addr, kind)| (*addr, port.port, *kind)).collect();
             if port.node_port != 0 {
-                addrs.extend(node_ports.iter().filter(of_family).map(|(addr, kind)| (*addr, port.node_port, *kind)));
+                addrs.extend(
+                    node_ports.iter().filter(of_family).map(|(addr, kind)| (*addr, port.node_port, *kind)),
+                );
             }
             if !addrs.is_empty() {
                 resolve_port(service, port, family, &addrs, slices, node, config, &mut resolved);
@@ -100,7 +108,8 @@ fn resolve_port(
             ),
         };
         let source_ranges = if *kind == FrontendKind::LoadBalancer { ranges.clone() } else { Arc::new([]) };
-        let allow_host = source_ranges.iter().any(|range| node.addresses.iter().any(|own| range.contains(own)));
+        let allow_host =
+            source_ranges.iter().any(|range| node.addresses.iter().any(|own| range.contains(own)));
         let frontend = Frontend {
             service: id.clone(),
             kind: *kind,
@@ -116,6 +125,17 @@ fn resolve_port(
             .or_insert(frontend);
     }
     resolved.entries.insert(id, found.entry);
+}
+
+/// The Service's families are those of its cluster IPs (kube-proxy runs one proxier a family, and skips a Service
+/// without cluster IP in it). A manifest may have none: then its other addresses decide.
+fn families(service: &Service) -> Vec<Family> {
+    let both = [Family::V4, Family::V6].into_iter();
+    both.filter(|family| has_family(service, *family)).collect()
+}
+
+fn has_family(service: &Service, family: Family) -> bool {
+    service.cluster_ips.is_empty() || service.cluster_ips.iter().any(|addr| Family::of(*addr) == family)
 }
 
 /// The Service's addresses, cluster IPs first, then load-balancer IPs, then external IPs, without those that no
@@ -134,6 +154,11 @@ fn vips(service: &Service, warnings: &mut Vec<Warning>) -> Vec<(IpAddr, Frontend
                     service,
                     format!("{field}[{index}]"),
                     format!("{addr} is {why}; it is not served"),
+                )),
+                None if !has_family(service, Family::of(*addr)) => warnings.push(warning(
+                    service,
+                    format!("{field}[{index}]"),
+                    format!("the Service has no {} cluster IP; {addr} is not served", Family::of(*addr)),
                 )),
                 None if seen.insert(*addr) => vips.push((*addr, kind)),
                 None => {}
@@ -173,10 +198,15 @@ impl CompileConfig {
     /// Where this node answers NodePorts.
     fn node_port_addresses(&self, node: &NodeView) -> Vec<(IpAddr, FrontendKind)> {
         let allowed = |addr: &IpAddr| {
-            self.node_port_addresses.is_empty() || self.node_port_addresses.iter().any(|range| range.contains(addr))
+            self.node_port_addresses.is_empty()
+                || self.node_port_addresses.iter().any(|range| range.contains(addr))
         };
-        let mut addrs: Vec<_> =
-            node.addresses.iter().filter(|addr| allowed(addr)).map(|addr| (*addr, FrontendKind::NodePort)).collect();
+        let mut addrs: Vec<_> = node
+            .addresses
+            .iter()
+            .filter(|addr| allowed(addr))
+            .map(|addr| (*addr, FrontendKind::NodePort))
+            .collect();
         let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
         if self.localhost_node_ports && allowed(&localhost) {
             addrs.push((localhost, FrontendKind::LocalhostNodePort));

@@ -129,20 +129,24 @@ impl Compiler {
 
     /// All warnings that hold now.
     pub fn warnings(&self) -> impl Iterator<Item = &Warning> {
-        self.resolved.values().flat_map(|resolved| &resolved.warnings).chain(self.collisions.values().flatten())
+        self.resolved
+            .values()
+            .flat_map(|resolved| &resolved.warnings)
+            .chain(self.collisions.values().flatten())
     }
 
     /// Brings the table up to date and says which keys changed.
     pub fn compile(&mut self) -> Changes {
         let mut changes = Changes::default();
-        let names: BTreeSet<ObjectName> = match std::mem::replace(&mut self.dirty, Dirty::Services(BTreeSet::new())) {
-            Dirty::Services(names) => names,
-            Dirty::All => {
-                self.take_node_facts(&mut changes);
-                let known = self.snapshot.services().map(|service| service.name.clone());
-                known.chain(self.resolved.keys().cloned()).collect()
-            }
-        };
+        let names: BTreeSet<ObjectName> =
+            match std::mem::replace(&mut self.dirty, Dirty::Services(BTreeSet::new())) {
+                Dirty::Services(names) => names,
+                Dirty::All => {
+                    self.take_node_facts(&mut changes);
+                    let known = self.snapshot.services().map(|service| service.name.clone());
+                    known.chain(self.resolved.keys().cloned()).collect()
+                }
+            };
         for name in names {
             self.update(&name, &mut changes);
         }
@@ -153,7 +157,8 @@ impl Compiler {
         if let Some(node) = self.snapshot.node(&self.node.name) {
             self.node.zone.clone_from(&node.zone);
         }
-        self.node_addresses = self.snapshot.node_addresses().chain(self.node.addresses.iter().copied()).collect();
+        self.node_addresses =
+            self.snapshot.node_addresses().chain(self.node.addresses.iter().copied()).collect();
         for (addr, kind) in &mut self.table.vips {
             let now = vip_kind(&self.node_addresses, *addr);
             if *kind != now {
@@ -184,7 +189,8 @@ impl Compiler {
                 changes.services.insert(id.clone());
             }
         }
-        let touched: BTreeSet<FrontendAddr> = actual.frontends.keys().chain(desired.frontends.keys()).copied().collect();
+        let touched: BTreeSet<FrontendAddr> =
+            actual.frontends.keys().chain(desired.frontends.keys()).copied().collect();
         let created = self.created(name);
         for addr in &touched {
             let claims = self.claims.entry(*addr).or_default();
@@ -221,9 +227,13 @@ impl Compiler {
     fn settle(&mut self, addr: FrontendAddr, changes: &mut Changes) {
         let claims = self.claims.get(&addr).filter(|claims| !claims.is_empty());
         let winner = claims.and_then(|claims| claims.first()).map(|(_, name)| name.clone());
-        let frontend = winner.as_ref().and_then(|name| self.resolved.get(name)?.frontends.get(&addr)).cloned();
-        let losers: Vec<ObjectName> =
-            claims.into_iter().flat_map(|claims| claims.iter().skip(1)).map(|(_, name)| name.clone()).collect();
+        let frontend =
+            winner.as_ref().and_then(|name| self.resolved.get(name)?.frontends.get(&addr)).cloned();
+        let losers: Vec<ObjectName> = claims
+            .into_iter()
+            .flat_map(|claims| claims.iter().skip(1))
+            .map(|(_, name)| name.clone())
+            .collect();
         if claims.is_none() {
             self.claims.remove(&addr);
         }

@@ -1,0 +1,434 @@
+//! Facts about resolution, each a small cluster and the table it must give.
+
+use expect_test::{Expect, expect};
+
+use super::*;
+use crate::{
+    model::{
+        ContainerPort, Endpoint, EndpointSlice, Family, Node, Pod, Protocol, Service, ServicePort, SlicePort,
+        TargetPort, TrafficPolicy,
+    },
+    snapshot::ClusterSnapshot,
+    synthetic,
+};
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+fn service(name: &str, cluster_ip: &str) -> Service {
+    let mut service = synthetic::service(0);
+    service.name = ObjectName::new("default", name);
+    service.cluster_ips = vec![ip(cluster_ip)];
+    service.selector = BTreeMap::from([("app".into(), name.into())]);
+    service
+}
+
+/// An endpoint such as `10.1.0.1 node-1 ready`; the last word is any of ready, draining, starting, gone.
+fn endpoint(text: &str) -> Endpoint {
+    let words: Vec<&str> = text.split(' ').collect();
+    let (ready, serving, terminating) = match words[2] {
+        "ready" => (true, true, false),
+        "draining" => (false, true, true),
+        "starting" => (false, false, false),
+        _ => (false, false, true),
+    };
+    Endpoint {
+        addr: ip(words[0]),
+        ready,
+        serving,
+        terminating,
+        node: Some(words[1].into()),
+        zone_hints: Vec::new(),
+        node_hints: Vec::new(),
+    }
+}
+
+fn slice(service: &str, endpoints: &[&str]) -> EndpointSlice {
+    let endpoints: Vec<Endpoint> = endpoints.iter().map(|text| endpoint(text)).collect();
+    EndpointSlice {
+        name: ObjectName::new("default", format!("{service}-1")),
+        service: ObjectName::new("default", service),
+        family: endpoints.first().map_or(Family::V4, |endpoint| Family::of(endpoint.addr)),
+        ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
+        endpoints,
+    }
+}
+
+fn node_view() -> NodeView {
+    NodeView { name: "node-1".into(), zone: Some("a".into()), addresses: vec![ip("192.0.2.1")] }
+}
+
+fn compiled(events: Vec<Event>) -> Compiled {
+    let mut snapshot = ClusterSnapshot::default();
+    events.into_iter().for_each(|event| drop(snapshot.apply(event)));
+    compile(
+        &snapshot,
+        &node_view(),
+        &CompileConfig { localhost_node_ports: false, ..CompileConfig::default() },
+    )
+}
+
+fn check(events: Vec<Event>, expected: Expect) {
+    let compiled = compiled(events);
+    let warnings: String = compiled.warnings.iter().map(|warning| format!("warning {warning}\n")).collect();
+    expected.assert_eq(&format!("{}{warnings}", compiled.table));
+}
+
+const TWO: &[&str] = &["10.1.0.1 node-1 ready", "10.2.0.1 node-2 ready"];
+
+#[test]
+fn a_cluster_ip_uses_all_ready_endpoints() {
+    let endpoints = &[
+        "10.1.0.1 node-1 ready",
+        "10.2.0.1 node-2 ready",
+        "10.3.0.1 node-3 starting",
+        "10.4.0.1 node-3 draining",
+    ];
+    check(
+        vec![Event::Service(service("web", "10.96.0.1")), Event::EndpointSlice(slice("web", endpoints))],
+        expect![[r#"
+            service default/web:http TCP IPv4
+              backend 10.1.0.1:8080 cluster-list here
+              backend 10.2.0.1:8080 cluster-list
+            frontend 10.96.0.1:80/TCP             ClusterIP    default/web:http  external=cluster/drop/masq-remote internal=cluster/drop/keep
+        "#]],
+    );
+}
+
+#[test]
+fn no_endpoint_at_all_is_refused() {
+    check(
+        vec![Event::Service(service("web", "10.96.0.1"))],
+        expect![[r#"
+        service default/web:http TCP IPv4
+        frontend 10.96.0.1:80/TCP             ClusterIP    default/web:http  external=cluster/reject/masq-remote internal=cluster/reject/keep
+    "#]],
+    );
+}
+
+#[test]
+fn draining_endpoints_serve_when_no_ready_one_is_left() {
+    let endpoints = &["10.1.0.1 node-1 draining", "10.2.0.1 node-2 gone", "10.3.0.1 node-3 starting"];
+    check(
+        vec![Event::Service(service("web", "10.96.0.1")), Event::EndpointSlice(slice("web", endpoints))],
+        expect![[r#"
+            service default/web:http TCP IPv4
+              backend 10.1.0.1:8080 cluster-list here terminating
+            frontend 10.96.0.1:80/TCP             ClusterIP    default/web:http  external=cluster/drop/masq-remote internal=cluster/drop/keep
+        "#]],
+    );
+}
+
+#[test]
+fn internal_policy_local_drops_where_no_endpoint_is() {
+    let mut web = service("web", "10.96.0.1");
+    web.internal_policy = TrafficPolicy::Local;
+    check(
+        vec![Event::Service(web), Event::EndpointSlice(slice("web", &["10.2.0.1 node-2 ready"]))],
+        expect![[r#"
+            service default/web:http TCP IPv4
+            frontend 10.96.0.1:80/TCP             ClusterIP    default/web:http  external=local/drop/masq-remote internal=local/drop/keep
+        "#]],
+    );
+}
+
+#[test]
+fn external_policy_local_keeps_the_client_and_spares_this_nodes_own() {
+    let mut web = service("web", "10.96.0.1");
+    web.external_policy = TrafficPolicy::Local;
+    web.external_ips = vec![ip("198.51.100.1")];
+    web.ports[0].node_port = 30080;
+    check(
+        vec![Event::Service(web), Event::EndpointSlice(slice("web", TWO))],
+        expect![[r#"
+        service default/web:http TCP IPv4
+          backend 10.1.0.1:8080 cluster-list local-list here
+          backend 10.2.0.1:8080 cluster-list
+        frontend 10.96.0.1:80/TCP             ClusterIP    default/web:http  external=cluster/drop/masq-remote internal=cluster/drop/keep
+        frontend 192.0.2.1:30080/TCP          NodePort     default/web:http  external=local/drop/keep internal=cluster/drop/keep node-address
+        frontend 198.51.100.1:80/TCP          ExternalIP   default/web:http  external=local/drop/keep internal=cluster/drop/keep
+    "#]],
+    );
+}
+
+#[test]
+fn a_nodes_own_address_as_external_ip_is_a_node_address() {
+    let mut web = service("web", "10.96.0.1");
+    web.external_ips = vec![ip("192.0.2.1"), ip("192.0.2.2"), ip("198.51.100.1")];
+    let node =
+        Node { name: "node-2".into(), addresses: vec![ip("192.0.2.2")], zone: None, pod_cidrs: Vec::new() };
+    check(
+        vec![Event::Node(node), Event::Service(web)],
+        expect![[r#"
+        service default/web:http TCP IPv4
+        frontend 10.96.0.1:80/TCP             ClusterIP    default/web:http  external=cluster/reject/masq-remote internal=cluster/reject/keep
+        frontend 192.0.2.1:80/TCP             ExternalIP   default/web:http  external=cluster/reject/masq-remote internal=cluster/reject/keep node-address
+        frontend 192.0.2.2:80/TCP             ExternalIP   default/web:http  external=cluster/reject/masq-remote internal=cluster/reject/keep node-address
+        frontend 198.51.100.1:80/TCP          ExternalIP   default/web:http  external=cluster/reject/masq-remote internal=cluster/reject/keep
+    "#]],
+    );
+}
+
+#[test]
+fn addresses_nobody_can_mean_are_named() {
+    let mut web = service("web", "10.96.0.1");
+    web.external_ips = ["0.0.0.0", "127.0.0.1", "224.0.0.1", "169.254.0.1", "2001:db8::1"].map(ip).to_vec();
+    check(
+        vec![Event::Service(web)],
+        expect![[r#"
+        service default/web:http TCP IPv4
+        frontend 10.96.0.1:80/TCP             ClusterIP    default/web:http  external=cluster/reject/masq-remote internal=cluster/reject/keep
+        warning Service default/web: spec.externalIPs[0]: 0.0.0.0 is the unspecified address; it is not served
+        warning Service default/web: spec.externalIPs[1]: 127.0.0.1 is a loopback address; it is not served
+        warning Service default/web: spec.externalIPs[2]: 224.0.0.1 is a multicast address; it is not served
+        warning Service default/web: spec.externalIPs[3]: 169.254.0.1 is a link-local or broadcast address; it is not served
+        warning Service default/web: spec.externalIPs[4]: the Service has no IPv6 cluster IP; 2001:db8::1 is not served
+    "#]],
+    );
+}
+
+#[test]
+fn source_ranges_restrict_load_balancer_addresses_alone() {
+    let mut web = service("web", "10.96.0.1");
+    web.load_balancer_ips = vec![ip("198.51.100.1")];
+    web.external_ips = vec![ip("198.51.100.2")];
+    web.source_ranges = vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()];
+    check(
+        vec![Event::Service(web)],
+        expect![[r#"
+        service default/web:http TCP IPv4
+        frontend 10.96.0.1:80/TCP             ClusterIP    default/web:http  external=cluster/reject/masq-remote internal=cluster/reject/keep
+        frontend 198.51.100.1:80/TCP          LoadBalancer default/web:http  external=cluster/reject/masq-remote internal=cluster/reject/keep sources=192.0.2.0/24+host
+        frontend 198.51.100.2:80/TCP          ExternalIP   default/web:http  external=cluster/reject/masq-remote internal=cluster/reject/keep
+    "#]],
+    );
+}
+
+#[test]
+fn the_older_service_has_the_frontend() {
+    let mut old = service("old", "10.96.0.1");
+    old.external_ips = vec![ip("198.51.100.1")];
+    old.created_unix_secs = 5;
+    let mut new = service("a-new", "10.96.0.2");
+    new.external_ips = vec![ip("198.51.100.1")];
+    new.created_unix_secs = 6;
+    check(
+        vec![Event::Service(new), Event::Service(old)],
+        expect![[r#"
+        service default/a-new:http TCP IPv4
+        service default/old:http TCP IPv4
+        frontend 10.96.0.1:80/TCP             ClusterIP    default/old:http  external=cluster/reject/masq-remote internal=cluster/reject/keep
+        frontend 10.96.0.2:80/TCP             ClusterIP    default/a-new:http  external=cluster/reject/masq-remote internal=cluster/reject/keep
+        frontend 198.51.100.1:80/TCP          ExternalIP   default/old:http  external=cluster/reject/masq-remote internal=cluster/reject/keep
+        warning Service default/a-new: spec: 198.51.100.1:80/TCP belongs to the older Service default/old; here it is not served
+    "#]],
+    );
+}
+
+#[test]
+fn both_families_have_their_own_backends() {
+    let mut web = service("web", "10.96.0.1");
+    web.cluster_ips.push(ip("fd00::1"));
+    web.affinity_secs = Some(10);
+    let mut six = slice("web", &["fd00:1::1 node-1 ready"]);
+    six.name = ObjectName::new("default", "web-6");
+    check(
+        vec![Event::Service(web), Event::EndpointSlice(slice("web", TWO)), Event::EndpointSlice(six)],
+        expect![[r#"
+            service default/web:http TCP IPv4 affinity=10s
+              backend 10.1.0.1:8080 cluster-list here
+              backend 10.2.0.1:8080 cluster-list
+            service default/web:http TCP IPv6 affinity=10s
+              backend [fd00:1::1]:8080 cluster-list here
+            frontend 10.96.0.1:80/TCP             ClusterIP    default/web:http  external=cluster/drop/masq-remote internal=cluster/drop/keep
+            frontend [fd00::1]:80/TCP             ClusterIP    default/web:http  external=cluster/drop/masq-remote internal=cluster/drop/keep
+        "#]],
+    );
+}
+
+#[test]
+fn sctp_is_left_out_by_name() {
+    let mut web = service("web", "10.96.0.1");
+    web.ports[0].protocol = Protocol::Sctp;
+    check(
+        vec![Event::Service(web)],
+        expect![[r#"
+        warning Service default/web: spec.ports[0].protocol: SCTP is not served; the Service's other ports are
+    "#]],
+    );
+}
+
+fn hinted(hints: &[(&str, &str)]) -> EndpointSlice {
+    let mut slice = slice("web", TWO);
+    for (endpoint, (zone, node)) in slice.endpoints.iter_mut().zip(hints) {
+        endpoint.zone_hints = Vec::from_iter((!zone.is_empty()).then(|| Arc::from(*zone)));
+        endpoint.node_hints = Vec::from_iter((!node.is_empty()).then(|| Arc::from(*node)));
+    }
+    slice
+}
+
+#[test]
+fn hints_hold_only_if_all_have_them_and_one_is_ours() {
+    let rows: [(&[(&str, &str)], &[&str]); 6] = [
+        (&[("a", ""), ("b", "")], &["10.1.0.1"]),
+        (&[("b", ""), ("a", "")], &["10.2.0.1"]),
+        (&[("b", ""), ("c", "")], &["10.1.0.1", "10.2.0.1"]),
+        (&[("a", ""), ("", "")], &["10.1.0.1", "10.2.0.1"]),
+        (&[("b", "node-2"), ("a", "node-1")], &["10.2.0.1"]),
+        (&[("a", "node-2"), ("b", "node-3")], &["10.1.0.1"]),
+    ];
+    for (hints, expected) in rows {
+        let events = vec![Event::Service(service("web", "10.96.0.1")), Event::EndpointSlice(hinted(hints))];
+        let table = compiled(events).table;
+        let entry = table.services.values().next().expect("one service port");
+        let addrs: Vec<String> = entry.cluster.iter().map(|backend| backend.addr.to_string()).collect();
+        assert_eq!(addrs, expected, "{hints:?}");
+    }
+}
+
+#[test]
+fn of_two_slices_with_one_endpoint_the_live_one_counts() {
+    let mut second = slice("web", &["10.1.0.1 node-1 ready"]);
+    second.name = ObjectName::new("default", "web-2");
+    let first = slice("web", &["10.1.0.1 node-1 draining"]);
+    for slices in [[first.clone(), second.clone()], [second, first]] {
+        let mut events = vec![Event::Service(service("web", "10.96.0.1"))];
+        events.extend(slices.map(Event::EndpointSlice));
+        let table = compiled(events).table;
+        let entry = table.services.values().next().unwrap();
+        assert!(entry.cluster.len() == 1 && !entry.cluster[0].terminating);
+    }
+}
+
+#[test]
+fn node_ports_answer_on_the_allowed_addresses() {
+    let mut web = service("web", "10.96.0.1");
+    web.ports[0].node_port = 30080;
+    let mut snapshot = ClusterSnapshot::default();
+    snapshot.apply(Event::Service(web));
+    let view = NodeView { addresses: vec![ip("192.0.2.1"), ip("10.0.0.1"), ip("fd00::1")], ..node_view() };
+    let rows: [(&[&str], &[&str]); 3] = [
+        (&[], &["10.0.0.1", "127.0.0.1", "192.0.2.1"]),
+        (&["192.0.2.0/24"], &["192.0.2.1"]),
+        (&["127.0.0.0/8", "10.0.0.0/8"], &["10.0.0.1", "127.0.0.1"]),
+    ];
+    for (ranges, expected) in rows {
+        let config = CompileConfig {
+            node_port_addresses: ranges.iter().map(|range| range.parse().unwrap()).collect(),
+            ..CompileConfig::default()
+        };
+        let table = compile(&snapshot, &view, &config).table;
+        let at: Vec<String> = table
+            .frontends
+            .keys()
+            .filter(|addr| addr.port == 30080)
+            .map(|addr| addr.addr.to_string())
+            .collect();
+        assert_eq!(at, expected, "{ranges:?}");
+    }
+}
+
+#[test]
+fn masquerade_all_masquerades_all_but_policy_local() {
+    let mut web = service("web", "10.96.0.1");
+    web.external_ips = vec![ip("198.51.100.1")];
+    let mut snapshot = ClusterSnapshot::default();
+    snapshot.apply(Event::Service(web));
+    let config = CompileConfig { masquerade_all: true, ..CompileConfig::default() };
+    let text = compile(&snapshot, &node_view(), &config).table.to_string();
+    assert_eq!(text.matches("external=cluster/reject/masq-always").count(), 2, "{text}");
+    assert_eq!(text.matches("internal=cluster/reject/masq-always").count(), 1, "{text}");
+}
+
+fn pod(name: &str, addr: &str, port_name: &str, port: u16) -> Pod {
+    Pod {
+        name: ObjectName::new("default", name),
+        labels: BTreeMap::from([("app".into(), "web".into())]),
+        ips: vec![ip(addr)],
+        node: Some("node-1".into()),
+        ready: true,
+        terminating: false,
+        ports: vec![ContainerPort { name: port_name.into(), protocol: Protocol::Tcp, port }],
+    }
+}
+
+#[test]
+fn named_target_ports_are_each_pods_own() {
+    let mut web = service("web", "10.96.0.1");
+    web.ports[0].target = TargetPort::Name("www".into());
+    let events = vec![
+        Event::Service(web),
+        Event::Pod(pod("a", "10.1.0.1", "www", 8080)),
+        Event::Pod(pod("b", "10.1.0.2", "www", 9090)),
+        Event::Pod(pod("c", "10.1.0.3", "other", 80)),
+    ];
+    check(
+        events,
+        expect![[r#"
+        service default/web:http TCP IPv4
+          backend 10.1.0.1:8080 cluster-list here
+          backend 10.1.0.2:9090 cluster-list here
+        frontend 10.96.0.1:80/TCP             ClusterIP    default/web:http  external=cluster/drop/masq-remote internal=cluster/drop/keep
+    "#]],
+    );
+}
+
+#[test]
+fn incremental_compiles_end_equal_to_a_fresh_one() {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = |limit: u32| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u32 % limit
+    };
+    let mut compiler = Compiler::new(CompileConfig::default(), node_view());
+    let mut mirror = ServiceTable::default();
+    for step in 0..400 {
+        let i = random(6);
+        let event = match random(7) {
+            0 => Event::ServiceGone(synthetic::service(i).name),
+            1 => Event::EndpointSliceGone(synthetic::slice(i, 1, 0).name),
+            2 => Event::EndpointSlice(synthetic::slice(i, 1 + random(4), random(3))),
+            3 => Event::Node(Node {
+                name: format!("node-{i}").into(),
+                addresses: vec![ip(&format!("192.0.2.{}", random(4)))],
+                zone: None,
+                pod_cidrs: Vec::new(),
+            }),
+            _ => {
+                let mut service = synthetic::service(i);
+                service.created_unix_secs = i64::from(random(3));
+                service.external_ips = vec![ip(&format!("192.0.2.{}", random(4)))];
+                service.ports[0] =
+                    ServicePort { node_port: 30000 + random(3) as u16, ..service.ports[0].clone() };
+                Event::Service(service)
+            }
+        };
+        compiler.apply(event);
+        if random(3) == 0 {
+            continue;
+        }
+        let changes = compiler.compile();
+        let fresh = compile(compiler.snapshot(), &node_view(), &CompileConfig::default());
+        assert_eq!(compiler.table(), &fresh.table, "step {step}");
+        carry(&mut mirror, compiler.table(), &changes);
+        assert_eq!(&mirror, compiler.table(), "step {step}: the changes named don't cover the difference");
+    }
+}
+
+/// What a datapath does: looks only at the keys it is told.
+fn carry(mirror: &mut ServiceTable, table: &ServiceTable, changes: &Changes) {
+    fn copy<K: Ord + Clone, V: Clone>(to: &mut BTreeMap<K, V>, from: &BTreeMap<K, V>, keys: &BTreeSet<K>) {
+        for key in keys {
+            match from.get(key) {
+                Some(value) => drop(to.insert(key.clone(), value.clone())),
+                None => drop(to.remove(key)),
+            }
+        }
+    }
+    copy(&mut mirror.services, &table.services, &changes.services);
+    copy(&mut mirror.frontends, &table.frontends, &changes.frontends);
+    copy(&mut mirror.vips, &table.vips, &changes.vips);
+}

@@ -101,7 +101,13 @@ spec:
 fn story(cluster: &mut Cluster) -> Result<u32> {
     let mut wrong = 0;
     let external = node_ip(1);
-    println!("client 192.0.2.9   node1 {}   node2 {}   pods {} {}\n", node_ip(1), node_ip(2), pod_ip(1, 1), pod_ip(2, 1));
+    println!(
+        "client 192.0.2.9   node1 {}   node2 {}   pods {} {}\n",
+        node_ip(1),
+        node_ip(2),
+        pod_ip(1, 1),
+        pod_ip(2, 1)
+    );
     for (host, port) in [("pod11", 80), ("pod21", 80), ("node1", 9000)] {
         cluster.serve(host, port)?;
     }
@@ -112,10 +118,15 @@ fn story(cluster: &mut Cluster) -> Result<u32> {
         cluster.start_agent(node)?;
         cluster.wait_for(node, "10.96.0.80:80/TCP", 2)?;
     }
-    println!("{:<58} {:<9} {}", "WHO ASKS WHAT", "ANSWER", "SHARE OF EACH BACKEND");
+    println!("{:<58} {:<9} SHARE OF EACH BACKEND", "WHO ASKS WHAT", "ANSWER");
     let before = cluster.ask("client", None, &["tcp", &format!("{external}:80"), "--timeout-ms", "500"])?;
     let refused = before.iter().all(|answer| answer.error.is_some());
-    wrong += line("client -> node1:80, before the patch", if refused { "nobody" } else { "SOMEBODY" }, "", refused);
+    wrong += line(
+        "client -> node1:80, before the patch",
+        if refused { "nobody" } else { "SOMEBODY" },
+        "",
+        refused,
+    );
 
     println!("\n  kubectl patch svc nginx-service -p '{{\"spec\":{{\"externalIPs\":[\"{external}\"]}}}}'\n");
     cluster.apply("service.yaml", &service(Some(&external)))?;
@@ -135,9 +146,10 @@ fn story(cluster: &mut Cluster) -> Result<u32> {
         let served = answers.iter().all(|answer| answer.id.is_some());
         wrong += line(what, if served { "served" } else { "FAILED" }, &shares(&answers), served);
     }
-    for (what, from, served) in
-        [("client -> node1:9000, another port", "client", None), ("node2 -> node1:9000, another port", "node2", Some(2))]
-    {
+    for (what, from, served) in [
+        ("client -> node1:9000, another port", "client", None),
+        ("node2 -> node1:9000, another port", "node2", Some(2)),
+    ] {
         let answer = cluster.tcp(from, served, &format!("{external}:9000"))?;
         let right = answer.id.as_deref() == Some("node1");
         wrong += line(what, answer.id.as_deref().unwrap_or("NOBODY"), "", right);
@@ -158,18 +170,28 @@ fn shares(answers: &[Answer]) -> String {
     for answer in answers {
         *counts.entry(answer.id.as_deref().or(answer.error.as_deref()).unwrap_or("?")).or_default() += 1;
     }
-    counts.iter().map(|(id, count)| format!("{id} {} %", count * 100 / answers.len())).collect::<Vec<_>>().join("   ")
+    counts
+        .iter()
+        .map(|(id, count)| format!("{id} {} %", count * 100 / answers.len()))
+        .collect::<Vec<_>>()
+        .join("   ")
 }
 
 /// Kills the agent in the middle of a download.
 fn restart(cluster: &mut Cluster, external: &str) -> Result<u32> {
     let target = format!("{external}:80");
-    let download = cluster.spawn("client", None, &["download", &target, "--bytes", "100000000", "--pause-ms", "1"])?;
+    let download =
+        cluster.spawn("client", None, &["download", &target, "--bytes", "100000000", "--pause-ms", "1"])?;
     std::thread::sleep(Duration::from_millis(300));
     cluster.stop_agent(1, libc::SIGKILL)?;
     let meanwhile = cluster.tcp("client", None, &target)?;
     let served = meanwhile.id.is_some();
-    let mut wrong = line("client -> externalIP:80, agent of node1 killed", if served { "served" } else { "FAILED" }, "", served);
+    let mut wrong = line(
+        "client -> externalIP:80, agent of node1 killed",
+        if served { "served" } else { "FAILED" },
+        "",
+        served,
+    );
     cluster.start_agent(1)?;
     let result = finish(download);
     let right = result.is_ok();
@@ -185,7 +207,10 @@ fn restart(cluster: &mut Cluster, external: &str) -> Result<u32> {
 fn show_maps(cluster: &Cluster) -> Result<()> {
     println!("\nnode1$ lb-agent service list");
     let table = cluster.agent(1, &["service", "list"])?;
-    table.lines().filter(|line| !line.starts_with("10.244.") && !line.starts_with("127.")).for_each(|line| println!("  {}", line.trim_end()));
+    table
+        .lines()
+        .filter(|line| !line.starts_with("10.244.") && !line.starts_with("127."))
+        .for_each(|line| println!("  {}", line.trim_end()));
     let pins = cluster.lab.bpf_root("node1").join("v1");
     for map in ["LB4_FRONTENDS", "LB4_FLOWS"] {
         let path = pins.join(map).display().to_string();
@@ -200,9 +225,16 @@ fn show_maps(cluster: &Cluster) -> Result<()> {
 fn look_around(cluster: &Cluster) {
     let root = cluster.lab.bpf_root("node1");
     println!("\nEverything is still up. Look around:");
-    println!("  nsenter --net=/run/netns/{} target/release/netapp tcp {}:80", cluster.lab.ns("client"), node_ip(1));
+    println!(
+        "  nsenter --net=/run/netns/{} target/release/netapp tcp {}:80",
+        cluster.lab.ns("client"),
+        node_ip(1)
+    );
     println!("  bpftool map dump pinned {}/v1/LB4_FRONTENDS", root.display());
     println!("  target/release/lb-agent --bpf-root {} status", root.display());
-    println!("  {} {}", fs::canonicalize(cluster.manifests()).unwrap_or_default().display(), "holds the manifests: edit them");
+    println!(
+        "  {} holds the manifests: edit them",
+        fs::canonicalize(cluster.manifests()).unwrap_or_default().display()
+    );
     println!("Remove it: cargo xtask demo --remove");
 }

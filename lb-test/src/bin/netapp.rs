@@ -87,7 +87,9 @@ fn main() -> Result<()> {
             (0..count).for_each(|_| println!("{}", udp(target, connected, dual_stack, timeout)));
             Ok(())
         }
-        Command::Download { target, bytes, pause_ms } => download(target, bytes, Duration::from_millis(pause_ms)),
+        Command::Download { target, bytes, pause_ms } => {
+            download(target, bytes, Duration::from_millis(pause_ms))
+        }
         Command::Load { target, connections, udp, secs } => {
             println!("{}", load(target, connections, udp, Duration::from_secs_f64(secs)));
             Ok(())
@@ -98,7 +100,8 @@ fn main() -> Result<()> {
 fn serve(id: &str, listen: &[SocketAddr]) -> Result<()> {
     let mut threads = Vec::new();
     for addr in listen {
-        let (tcp, id_tcp) = (TcpListener::bind(addr).with_context(|| format!("listen on {addr}"))?, id.to_owned());
+        let (tcp, id_tcp) =
+            (TcpListener::bind(addr).with_context(|| format!("listen on {addr}"))?, id.to_owned());
         threads.push(thread::spawn(move || {
             for stream in tcp.incoming().flatten() {
                 let id = id_tcp.clone();

@@ -25,7 +25,9 @@ fn main() -> Result<()> {
     let args = Args::parse();
     objects::NORMAL.check("build-ebpf")?;
     let mut measured = BTreeMap::new();
-    for (name, object) in [("xdp", objects::NORMAL.xdp), ("tc", objects::NORMAL.tc), ("sock", objects::NORMAL.sock)] {
+    for (name, object) in
+        [("xdp", objects::NORMAL.xdp), ("tc", objects::NORMAL.tc), ("sock", objects::NORMAL.sock)]
+    {
         let mut loader = EbpfLoader::new();
         // Small tables: this loads only.
         loader.map_max_entries("LB4_FLOWS", 1024).map_max_entries("LB6_FLOWS", 1024);
@@ -37,9 +39,13 @@ fn main() -> Result<()> {
         println!("{name:<18} {:>10} {:>8} {:>8}", info.verified, info.translated, info.jited);
     }
     if let Some(path) = args.write {
-        let lines = measured.iter().map(|(name, info)| format!("{name} = {}\n", info.verified + info.verified / 5));
-        let text = "# Verified instructions each program may need; `cargo xtask verifier --write` renews them.\n".to_owned();
-        fs::write(&path, text + &lines.collect::<String>()).with_context(|| format!("write {}", path.display()))?;
+        let lines =
+            measured.iter().map(|(name, info)| format!("{name} = {}\n", info.verified + info.verified / 5));
+        let text =
+            "# Verified instructions each program may need; `cargo xtask verifier --write` renews them.\n"
+                .to_owned();
+        fs::write(&path, text + &lines.collect::<String>())
+            .with_context(|| format!("write {}", path.display()))?;
     }
     match args.budget {
         Some(path) => check(&path, &measured),
@@ -64,7 +70,9 @@ fn measure(ebpf: &mut Ebpf, measured: &mut BTreeMap<String, Cost>) -> Result<()>
         load.with_context(|| format!("load {name}"))?;
         let info: ProgramInfo = program.info().with_context(|| format!("ask about {name}"))?;
         let cost = Cost {
-            verified: info.verified_instruction_count().context("verified instruction count (kernel 5.16)")?,
+            verified: info
+                .verified_instruction_count()
+                .context("verified instruction count (kernel 5.16)")?,
             translated: info.size_translated().unwrap_or(0),
             jited: info.size_jitted(),
         };
@@ -79,7 +87,8 @@ fn check(path: &PathBuf, measured: &BTreeMap<String, Cost>) -> Result<()> {
         .lines()
         .filter(|line| !line.starts_with('#') && !line.trim().is_empty())
         .map(|line| {
-            let (name, number) = line.split_once('=').with_context(|| format!("{}: {line:?}", path.display()))?;
+            let (name, number) =
+                line.split_once('=').with_context(|| format!("{}: {line:?}", path.display()))?;
             Ok((name.trim(), number.trim().parse()?))
         })
         .collect::<Result<_>>()?;
@@ -87,12 +96,17 @@ fn check(path: &PathBuf, measured: &BTreeMap<String, Cost>) -> Result<()> {
     for (name, cost) in measured {
         match budgets.get(name.as_str()) {
             Some(budget) if cost.verified <= *budget => {}
-            Some(budget) => over.push(format!("{name}: {} verified instructions, budget {budget}", cost.verified)),
+            Some(budget) => {
+                over.push(format!("{name}: {} verified instructions, budget {budget}", cost.verified));
+            }
             None => over.push(format!("{name}: no budget")),
         }
     }
     if !over.is_empty() {
-        bail!("{}\nmake it smaller, or raise the budget with `cargo xtask verifier --write` and say why", over.join("\n"));
+        bail!(
+            "{}\nmake it smaller, or raise the budget with `cargo xtask verifier --write` and say why",
+            over.join("\n")
+        );
     }
     Ok(())
 }

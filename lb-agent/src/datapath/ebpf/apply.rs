@@ -61,8 +61,12 @@ impl EbpfDatapath {
     fn execute(&mut self, op: &Op) -> Result<(), DatapathError> {
         match op {
             Op::Backend(_, id, backend) => match backend.addr {
-                IpAddr::V4(addr) => write_backend(&mut self.maps.v4, "LB4_BACKENDS", *id, addr.octets(), backend),
-                IpAddr::V6(addr) => write_backend(&mut self.maps.v6, "LB6_BACKENDS", *id, addr.octets(), backend),
+                IpAddr::V4(addr) => {
+                    write_backend(&mut self.maps.v4, "LB4_BACKENDS", *id, addr.octets(), backend)
+                }
+                IpAddr::V6(addr) => {
+                    write_backend(&mut self.maps.v6, "LB6_BACKENDS", *id, addr.octets(), backend)
+                }
             },
             Op::Slots(first, ids) => (*first..).zip(ids).try_for_each(|(slot, id)| {
                 self.maps.slots.set(slot, *id, 0).map_err(|source| map_error("update", "SLOTS", source))
@@ -85,8 +89,12 @@ impl EbpfDatapath {
                 self.set_filter_bit(filter_bit(*addr))?;
                 let value = Wire(VipValue { kind: *kind });
                 let written = match addr {
-                    IpAddr::V4(addr) => self.maps.v4.vips.insert(Wire(VipKey { addr: addr.octets() }), value, 0),
-                    IpAddr::V6(addr) => self.maps.v6.vips.insert(Wire(VipKey { addr: addr.octets() }), value, 0),
+                    IpAddr::V4(addr) => {
+                        self.maps.v4.vips.insert(Wire(VipKey { addr: addr.octets() }), value, 0)
+                    }
+                    IpAddr::V6(addr) => {
+                        self.maps.v6.vips.insert(Wire(VipKey { addr: addr.octets() }), value, 0)
+                    }
                 };
                 written.map_err(|source| map_error("update", "LB_VIPS", source))
             }
@@ -99,8 +107,12 @@ impl EbpfDatapath {
             }
             Op::Frontend(addr, value) => {
                 let written = match addr.addr {
-                    IpAddr::V4(ip) => self.maps.v4.frontends.insert(Wire(key(addr, ip.octets())), Wire(*value), 0),
-                    IpAddr::V6(ip) => self.maps.v6.frontends.insert(Wire(key(addr, ip.octets())), Wire(*value), 0),
+                    IpAddr::V4(ip) => {
+                        self.maps.v4.frontends.insert(Wire(key(addr, ip.octets())), Wire(*value), 0)
+                    }
+                    IpAddr::V6(ip) => {
+                        self.maps.v6.frontends.insert(Wire(key(addr, ip.octets())), Wire(*value), 0)
+                    }
                 };
                 written.map_err(|source| map_error("update", "LB_FRONTENDS", source))
             }
@@ -157,7 +169,8 @@ impl Datapath for EbpfDatapath {
             Op::Slots(..) | Op::SourceRange(..) | Op::Vip(..) | Op::Frontend(..) => false,
         };
         let deletes = ops.iter().filter(is_delete).count();
-        let slot_writes: usize = ops.iter().map(|op| if let Op::Slots(_, ids) = op { ids.len() - 1 } else { 0 }).sum();
+        let slot_writes: usize =
+            ops.iter().map(|op| if let Op::Slots(_, ids) = op { ids.len() - 1 } else { 0 }).sum();
         Ok(ApplyReport { upserts: ops.len() - deletes + slot_writes, deletes, refused })
     }
 
@@ -235,19 +248,21 @@ where
     Wire<BackendValue<A>>: aya::Pod,
     Wire<SourceRangeData<A>>: aya::Pod,
 {
-    for entry in maps.frontends.iter() {
+    for entry in &maps.frontends {
         let (Wire(key), Wire(value)) =
             entry.map_err(|source| map_error("read", &format!("{prefix}_FRONTENDS"), source))?;
         if let Some(protocol) = Protocol::from_number(key.proto) {
             actual.frontends.insert(FrontendAddr { addr: key.addr.to_ip(), port: key.port, protocol }, value);
         }
     }
-    for entry in maps.vips.iter() {
-        let (Wire(key), Wire(value)) = entry.map_err(|source| map_error("read", &format!("{prefix}_VIPS"), source))?;
+    for entry in &maps.vips {
+        let (Wire(key), Wire(value)) =
+            entry.map_err(|source| map_error("read", &format!("{prefix}_VIPS"), source))?;
         actual.vips.insert(key.addr.to_ip(), value.kind);
     }
-    for entry in maps.source_ranges.iter() {
-        let (key, _) = entry.map_err(|source| map_error("read", &format!("{prefix}_SOURCE_RANGES"), source))?;
+    for entry in &maps.source_ranges {
+        let (key, _) =
+            entry.map_err(|source| map_error("read", &format!("{prefix}_SOURCE_RANGES"), source))?;
         let data = key.data().0;
         let len = u8::try_from(key.prefix_len().saturating_sub(32)).unwrap_or(u8::MAX);
         if let Ok(net) = IpNet::new(data.addr.to_ip(), len) {
@@ -274,8 +289,10 @@ where
     let mut backends = BTreeMap::new();
     let mut empty = 0;
     for id in 1..maps.backends.len() {
-        let Wire(value) =
-            maps.backends.get(&id, 0).map_err(|source| map_error("read", &format!("{prefix}_BACKENDS"), source))?;
+        let Wire(value) = maps
+            .backends
+            .get(&id, 0)
+            .map_err(|source| map_error("read", &format!("{prefix}_BACKENDS"), source))?;
         // Ids are given from the lowest up, so a long run without any use is the end.
         empty = if value.generation == 0 { empty + 1 } else { 0 };
         if empty > 1024 {

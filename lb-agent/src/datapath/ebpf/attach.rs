@@ -113,14 +113,21 @@ impl Attacher {
                 sys::link_create(program, dir.as_raw_fd() as u32, kind, 0)
             })
             .map_err(failed)?;
-            self.note(format!("cgroup-{name}"), &root.display().to_string(), &format!("cgroup {name}"), "link", "");
+            self.note(
+                format!("cgroup-{name}"),
+                &root.display().to_string(),
+                &format!("cgroup {name}"),
+                "link",
+                "",
+            );
         }
         Ok(())
     }
 
     /// Attaches to the devices that should have programs, and takes them off all others.
     pub fn sync(&mut self, devices: &[Device]) {
-        let mut wanted: BTreeSet<String> = SOCK_HOOKS.iter().map(|(name, ..)| format!("cgroup-{name}")).collect();
+        let mut wanted: BTreeSet<String> =
+            SOCK_HOOKS.iter().map(|(name, ..)| format!("cgroup-{name}")).collect();
         for device in devices {
             let hooks: [(&str, &'static str, u32); 2] = match device.class {
                 DeviceClass::External => [
@@ -161,10 +168,11 @@ impl Attacher {
         }
         let hook = format!("tc {}", if kind == attach_type::TCX_INGRESS { "ingress" } else { "egress" });
         let pin = self.pins.links().join(name);
-        let result = self.programs.fd(program).map_err(|error| io::Error::other(error.to_string())).and_then(|fd| {
-            let same_target = |link: &std::os::fd::OwnedFd| on_device(link, device.ifindex);
-            replace_or_create(&pin, fd, same_target, || sys::link_create(fd, device.ifindex, kind, 0))
-        });
+        let result =
+            self.programs.fd(program).map_err(|error| io::Error::other(error.to_string())).and_then(|fd| {
+                let same_target = |link: &std::os::fd::OwnedFd| on_device(link, device.ifindex);
+                replace_or_create(&pin, fd, same_target, || sys::link_create(fd, device.ifindex, kind, 0))
+            });
         match result {
             Ok(()) => self.note(name.into(), &device.name, &hook, "tcx", ""),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
@@ -172,7 +180,13 @@ impl Attacher {
                 match self.attach_clsact(device, program, kind) {
                     Ok(()) => self.note(name.into(), &device.name, &hook, "clsact", &reason),
                     Err(error) => {
-                        self.note(name.into(), &device.name, &hook, "-", &format!("{reason}; clsact: {error:#}"));
+                        self.note(
+                            name.into(),
+                            &device.name,
+                            &hook,
+                            "-",
+                            &format!("{reason}; clsact: {error:#}"),
+                        );
                     }
                 }
             }
@@ -182,7 +196,8 @@ impl Attacher {
 
     /// A filter on a clsact qdisc. It isn't pinned: it lives with the device.
     fn attach_clsact(&mut self, device: &Device, program: &str, kind: u32) -> anyhow::Result<()> {
-        let side = if kind == attach_type::TCX_INGRESS { TcAttachType::Ingress } else { TcAttachType::Egress };
+        let side =
+            if kind == attach_type::TCX_INGRESS { TcAttachType::Ingress } else { TcAttachType::Egress };
         // Fails if it is there already; then it serves as well.
         let _ = tc::qdisc_add_clsact(&device.name);
         let _ = tc::qdisc_detach_program(&device.name, side, program);
@@ -217,12 +232,14 @@ impl Attacher {
         };
         for (mode, flags) in modes {
             let result =
-                self.programs.fd("lb_xdp").map_err(|error| io::Error::other(error.to_string())).and_then(|fd| {
-                    let same_target = |link: &std::os::fd::OwnedFd| on_device(link, device.ifindex);
-                    replace_or_create(&pin, fd, same_target, || {
-                        sys::link_create(fd, device.ifindex, attach_type::XDP, *flags)
-                    })
-                });
+                self.programs.fd("lb_xdp").map_err(|error| io::Error::other(error.to_string())).and_then(
+                    |fd| {
+                        let same_target = |link: &std::os::fd::OwnedFd| on_device(link, device.ifindex);
+                        replace_or_create(&pin, fd, same_target, || {
+                            sys::link_create(fd, device.ifindex, attach_type::XDP, *flags)
+                        })
+                    },
+                );
             match result {
                 Ok(()) => {
                     if *mode == "native" {
@@ -274,7 +291,8 @@ fn replace_or_create(
 }
 
 fn on_device(link: &std::os::fd::OwnedFd, ifindex: u32) -> bool {
-    sys::link_info(link.as_fd()).is_ok_and(|info| info.link_type != sys::LINK_CGROUP && info.ifindex == ifindex)
+    sys::link_info(link.as_fd())
+        .is_ok_and(|info| info.link_type != sys::LINK_CGROUP && info.ifindex == ifindex)
 }
 
 /// The id of the cgroup a link hangs on: its directory's inode (`kernfs_node_id`).

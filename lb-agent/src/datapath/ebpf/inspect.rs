@@ -7,8 +7,8 @@ use std::{
 
 use aya::maps::MapError;
 use lb_common::abi::{
-    Addr4, Addr6, BackendValue, FlowKey, FlowValue, FrontendKey, FrontendValue, SlotRange, SourceRangeData, VipKey,
-    backend_flags, direction, frontend_flags as flag, role, transmit,
+    Addr4, Addr6, BackendValue, FlowKey, FlowValue, FrontendKey, FrontendValue, SlotRange, SourceRangeData,
+    VipKey, backend_flags, direction, frontend_flags as flag, role, transmit,
 };
 use serde::Serialize;
 
@@ -100,7 +100,11 @@ pub fn status(pins: &Pins) -> Result<Status, DatapathError> {
         attached: attach::read_status(pins),
         counters: counters
             .into_iter()
-            .map(|(hook, outcome, count)| CounterRow { hook: hook.as_str(), outcome: outcome.as_str(), count })
+            .map(|(hook, outcome, count)| CounterRow {
+                hook: hook.as_str(),
+                outcome: outcome.as_str(),
+                count,
+            })
             .collect(),
     })
 }
@@ -133,7 +137,7 @@ where
             })
             .collect()
     };
-    for entry in family.frontends.iter() {
+    for entry in &family.frontends {
         let (Wire(key), Wire(value)) = entry.map_err(|source| map_error("read", "LB_FRONTENDS", source))?;
         let error = |source| map_error("read", "SLOTS", source);
         let addr = key.addr.to_ip();
@@ -222,7 +226,9 @@ pub fn flows(pins: &Pins) -> Result<Vec<FlowRow>, DatapathError> {
     // The tables change under us: an entry that vanishes between key and value is left out.
     rows.extend(v4.iter().filter_map(Result::ok).map(|(Wire(key), Wire(value))| flow_row(&key, &value, now)));
     rows.extend(v6.iter().filter_map(Result::ok).map(|(Wire(key), Wire(value))| flow_row(&key, &value, now)));
-    rows.sort_by(|a, b| (&a.source, &a.destination, a.direction).cmp(&(&b.source, &b.destination, b.direction)));
+    rows.sort_by(|a, b| {
+        (&a.source, &a.destination, a.direction).cmp(&(&b.source, &b.destination, b.direction))
+    });
     Ok(rows)
 }
 

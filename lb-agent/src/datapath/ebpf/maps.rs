@@ -13,8 +13,8 @@ use aya::{
 };
 use lb_common::{
     abi::{
-        Addr4, Addr6, BackendValue, DeviceValue, FlowKey, FlowValue, FrontendKey, FrontendValue, LAYOUT_VERSION,
-        NodeConfig, SourceRangeData, VipKey, VipValue,
+        Addr4, Addr6, BackendValue, DeviceValue, FlowKey, FlowValue, FrontendKey, FrontendValue,
+        LAYOUT_VERSION, NodeConfig, SourceRangeData, VipKey, VipValue,
     },
     hash::VIP_FILTER_BITS,
     outcome::{Hook, METRICS_LEN, OUTCOMES_PER_HOOK, Outcome},

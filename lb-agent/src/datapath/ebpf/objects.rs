@@ -36,8 +36,10 @@ impl Objects {
             return Err(DatapathError::Kernel {
                 operation: "find",
                 object: "the BPF objects".into(),
-                source: format!("this binary was built without them: run `cargo xtask {command}`, then build again")
-                    .into(),
+                source: format!(
+                    "this binary was built without them: run `cargo xtask {command}`, then build again"
+                )
+                .into(),
             });
         }
         Ok(())

@@ -27,8 +27,8 @@ use lb_core::{
     ids::{IdPool, RangePool},
     model::Family,
     table::{
-        Backend, BackendList, Changes, Frontend, FrontendAddr, FrontendKind, Masquerade, NoBackends, ServiceEntry,
-        ServicePortId, ServiceTable, VipKind,
+        Backend, BackendList, Changes, Frontend, FrontendAddr, FrontendKind, Masquerade, NoBackends,
+        ServiceEntry, ServicePortId, ServiceTable, VipKind,
     },
 };
 
@@ -162,7 +162,9 @@ impl Planner {
         let mut ranges: BTreeSet<(u32, u32)> = BTreeSet::new();
         for value in actual.frontends.values() {
             planner.service_ids.reserve(value.service_id);
-            ranges.extend([value.external, value.internal].iter().filter(|r| r.count > 0).map(|r| (r.first, r.count)));
+            ranges.extend(
+                [value.external, value.internal].iter().filter(|r| r.count > 0).map(|r| (r.first, r.count)),
+            );
         }
         ranges.retain(|(first, count)| planner.slots.reserve(*first, *count));
         planner.adopt_services(&actual, table, &mut ranges);
@@ -193,7 +195,10 @@ impl Planner {
                 let list = if local { &mut programmed.local } else { &mut programmed.cluster };
                 if range.count > 0 && list.ids.is_empty() && ranges.remove(&(range.first, range.count)) {
                     let slots = range.first..range.first + range.count;
-                    *list = List { range, ids: slots.filter_map(|slot| actual.slots.get(&slot).copied()).collect() };
+                    *list = List {
+                        range,
+                        ids: slots.filter_map(|slot| actual.slots.get(&slot).copied()).collect(),
+                    };
                 }
             }
         }
@@ -237,7 +242,9 @@ impl Planner {
             if let Some(entry) = table.services.get(id) {
                 match self.plan_service(id, entry, &mut writes) {
                     Ok(changed) if changed => {
-                        flips.extend(self.programmed.get(id).into_iter().flat_map(|p| p.frontends.iter().copied()));
+                        flips.extend(
+                            self.programmed.get(id).into_iter().flat_map(|p| p.frontends.iter().copied()),
+                        );
                     }
                     Ok(_) => {}
                     Err(reason) => refused.push(Refused { service: id.clone(), reason }),
@@ -261,7 +268,11 @@ impl Planner {
         for ((family, id), backend) in std::mem::take(&mut self.orphans) {
             self.kill(family, id, backend, &mut writes);
         }
-        writes.delete_ranges.extend(std::mem::take(&mut self.orphan_ranges).into_iter().map(|(id, net)| Op::DeleteSourceRange(id, net)));
+        writes.delete_ranges.extend(
+            std::mem::take(&mut self.orphan_ranges)
+                .into_iter()
+                .map(|(id, net)| Op::DeleteSourceRange(id, net)),
+        );
         refused.dedup();
         (writes.in_order(), refused)
     }
@@ -271,12 +282,19 @@ impl Planner {
         let mut changes = Changes::default();
         changes.frontends.extend(self.frontends.keys().filter(|addr| !table.frontends.contains_key(addr)));
         changes.vips.extend(self.vips.keys().filter(|addr| !table.vips.contains_key(addr)));
-        changes.services.extend(self.programmed.keys().filter(|id| !table.services.contains_key(id)).cloned());
+        changes
+            .services
+            .extend(self.programmed.keys().filter(|id| !table.services.contains_key(id)).cloned());
         changes
     }
 
     /// Backends, slots and affinity of one service port; says whether its frontends must be written.
-    fn plan_service(&mut self, id: &ServicePortId, entry: &ServiceEntry, writes: &mut Writes) -> Result<bool, String> {
+    fn plan_service(
+        &mut self,
+        id: &ServicePortId,
+        entry: &ServiceEntry,
+        writes: &mut Writes,
+    ) -> Result<bool, String> {
         let mut programmed = match self.programmed.remove(id) {
             Some(programmed) => programmed,
             None => {
@@ -328,7 +346,9 @@ impl Planner {
             let backends = if local { &entry.local } else { &entry.cluster };
             let ids: Vec<u32> = backends
                 .iter()
-                .filter_map(|backend| programmed.backends.get(&(backend.addr, backend.port)).map(|(id, _)| *id))
+                .filter_map(|backend| {
+                    programmed.backends.get(&(backend.addr, backend.port)).map(|(id, _)| *id)
+                })
                 .collect();
             let list = if local { &mut programmed.local } else { &mut programmed.cluster };
             if list.ids == ids {
@@ -337,10 +357,9 @@ impl Planner {
             let mut range = SlotRange::default();
             if !ids.is_empty() {
                 let count = u32::try_from(ids.len()).map_err(|_| "too many backends")?;
-                let first = self
-                    .slots
-                    .take(count)
-                    .ok_or_else(|| format!("no run of {count} free slots is left of {}", self.capacity.slots))?;
+                let first = self.slots.take(count).ok_or_else(|| {
+                    format!("no run of {count} free slots is left of {}", self.capacity.slots)
+                })?;
                 range = SlotRange { first, count };
                 writes.slots.push(Op::Slots(first, ids.clone()));
             }
@@ -381,7 +400,12 @@ impl Planner {
         }
     }
 
-    fn plan_frontend(&mut self, addr: FrontendAddr, frontend: &Frontend, writes: &mut Writes) -> Result<(), String> {
+    fn plan_frontend(
+        &mut self,
+        addr: FrontendAddr,
+        frontend: &Frontend,
+        writes: &mut Writes,
+    ) -> Result<(), String> {
         if let Some((Some(owner), _)) = self.frontends.get(&addr)
             && *owner != frontend.service
             && let Some(owner) = self.programmed.get_mut(owner)
@@ -395,8 +419,12 @@ impl Planner {
         let Some(programmed) = self.programmed.get_mut(&frontend.service) else {
             return Err(format!("{addr}: its service port has no place"));
         };
-        let added: Vec<IpNet> =
-            frontend.source_ranges.iter().filter(|net| programmed.source_ranges.insert(**net)).copied().collect();
+        let added: Vec<IpNet> = frontend
+            .source_ranges
+            .iter()
+            .filter(|net| programmed.source_ranges.insert(**net))
+            .copied()
+            .collect();
         writes.ranges.extend(added.into_iter().map(|net| Op::SourceRange(programmed.service_id, net)));
         if frontend.kind == FrontendKind::LoadBalancer {
             let service_id = programmed.service_id;
@@ -444,7 +472,9 @@ impl Planner {
         for net in &programmed.source_ranges {
             writes.delete_ranges.push(Op::DeleteSourceRange(programmed.service_id, *net));
         }
-        self.retired.extend([programmed.cluster.range, programmed.local.range].iter().filter(|range| range.count > 0));
+        self.retired.extend(
+            [programmed.cluster.range, programmed.local.range].iter().filter(|range| range.count > 0),
+        );
         self.service_ids.release(programmed.service_id);
     }
 
@@ -608,11 +638,18 @@ mod tests {
             for (addr, value) in &self.actual.frontends {
                 for range in [value.external, value.internal] {
                     for slot in range.first..range.first + range.count {
-                        let id = self.actual.slots.get(&slot).unwrap_or_else(|| panic!("{addr}: slot {slot} is empty"));
+                        let id = self
+                            .actual
+                            .slots
+                            .get(&slot)
+                            .unwrap_or_else(|| panic!("{addr}: slot {slot} is empty"));
                         let backend = self.actual.backends.get(&(Family::of(addr.addr), *id));
                         let backend = backend.unwrap_or_else(|| panic!("{addr}: backend {id} doesn't exist"));
                         assert!(backend.flags & backend_flags::ALIVE != 0, "{addr}: backend {id} is dead");
-                        assert_eq!(backend.service_id, value.service_id, "{addr}: backend {id} is another service's");
+                        assert_eq!(
+                            backend.service_id, value.service_id,
+                            "{addr}: backend {id} is another service's"
+                        );
                     }
                 }
             }
@@ -629,13 +666,17 @@ mod tests {
     }
 
     fn compiler() -> Compiler {
-        let mut compiler = Compiler::new(CompileConfig::default(), NodeView { name: "node-1".into(), ..NodeView::default() });
+        let mut compiler = Compiler::new(
+            CompileConfig::default(),
+            NodeView { name: "node-1".into(), ..NodeView::default() },
+        );
         synthetic::cluster(6, 4).for_each(|event| compiler.apply(event));
         compiler
     }
 
     fn expected(table: &ServiceTable) -> BTreeMap<FrontendAddr, Vec<IpAddr>> {
-        let behind = |frontend: &Frontend| table.services[&frontend.service].cluster.iter().map(|b| b.addr).collect();
+        let behind =
+            |frontend: &Frontend| table.services[&frontend.service].cluster.iter().map(|b| b.addr).collect();
         table.frontends.iter().map(|(addr, frontend)| (*addr, behind(frontend))).collect()
     }
 
@@ -668,7 +709,8 @@ mod tests {
         let mut compiler = compiler();
         let changes = compiler.compile();
         let mut kernel = Kernel::default();
-        let (ops, _) = Planner::adopt(CAPACITY, Actual::default(), compiler.table()).plan(compiler.table(), &changes);
+        let (ops, _) =
+            Planner::adopt(CAPACITY, Actual::default(), compiler.table()).plan(compiler.table(), &changes);
         ops.iter().for_each(|op| kernel.write(op));
 
         let mut again = Planner::adopt(CAPACITY, kernel.actual.clone(), compiler.table());
@@ -681,7 +723,8 @@ mod tests {
         let mut compiler = compiler();
         let changes = compiler.compile();
         let mut kernel = Kernel::default();
-        let (ops, _) = Planner::adopt(CAPACITY, Actual::default(), compiler.table()).plan(compiler.table(), &changes);
+        let (ops, _) =
+            Planner::adopt(CAPACITY, Actual::default(), compiler.table()).plan(compiler.table(), &changes);
         ops.iter().for_each(|op| kernel.write(op));
         compiler.apply(Event::ServiceGone(synthetic::service(2).name));
         compiler.compile();
@@ -711,7 +754,10 @@ mod tests {
             kernel.write(op);
             kernel.check();
         });
-        assert!(!refused.is_empty() && refused.iter().all(|refused| refused.reason.contains("17 backend places")), "{refused:?}");
+        assert!(
+            !refused.is_empty() && refused.iter().all(|refused| refused.reason.contains("17 backend places")),
+            "{refused:?}"
+        );
         assert_eq!(kernel.served().values().filter(|backends| backends.len() == 4).count(), 4);
     }
 }

@@ -62,7 +62,12 @@ fn owned(fd: i32) -> OwnedFd {
 }
 
 /// Attaches a program. `target` is an ifindex or the fd of a cgroup directory.
-pub fn link_create(program: BorrowedFd<'_>, target: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
+pub fn link_create(
+    program: BorrowedFd<'_>,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
     bpf(BPF_LINK_CREATE, &mut attr(&[program.as_raw_fd() as u32, target, attach_type, flags])).map(owned)
 }
 
@@ -96,10 +101,7 @@ pub const LINK_CGROUP: u32 = 3;
 pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let mut info = [0u32; 64];
     let [low, high] = split(info.as_mut_ptr() as u64);
-    bpf(
-        BPF_OBJ_GET_INFO_BY_FD,
-        &mut attr(&[link.as_raw_fd() as u32, size_of_val(&info) as u32, low, high]),
-    )?;
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr(&[link.as_raw_fd() as u32, size_of_val(&info) as u32, low, high]))?;
     // type, id, prog_id, padding, then the union; XDP and TCX have the ifindex first, cgroup its id.
     let cgroup_id = u64::from(info[5]) << 32 | u64::from(info[4]);
     Ok(LinkInfo { link_type: info[0], program_id: info[2], ifindex: info[4], cgroup_id })
