@@ -2,3 +2,5 @@
 
 pub mod cluster;
 pub mod netns;
+pub mod object;
+pub mod packet;

@@ -270,16 +270,17 @@ fn hinted(hints: &[(&str, &str)]) -> EndpointSlice {
 
 #[test]
 fn hints_hold_only_if_all_have_them_and_one_is_ours() {
-    let rows: [(&[(&str, &str)], &[&str]); 6] = [
-        (&[("a", ""), ("b", "")], &["10.1.0.1"]),
-        (&[("b", ""), ("a", "")], &["10.2.0.1"]),
-        (&[("b", ""), ("c", "")], &["10.1.0.1", "10.2.0.1"]),
-        (&[("a", ""), ("", "")], &["10.1.0.1", "10.2.0.1"]),
-        (&[("b", "node-2"), ("a", "node-1")], &["10.2.0.1"]),
-        (&[("a", "node-2"), ("b", "node-3")], &["10.1.0.1"]),
+    type Hints = [(&'static str, &'static str); 2];
+    let rows: [(Hints, &[&str]); 6] = [
+        ([("a", ""), ("b", "")], &["10.1.0.1"]),
+        ([("b", ""), ("a", "")], &["10.2.0.1"]),
+        ([("b", ""), ("c", "")], &["10.1.0.1", "10.2.0.1"]),
+        ([("a", ""), ("", "")], &["10.1.0.1", "10.2.0.1"]),
+        ([("b", "node-2"), ("a", "node-1")], &["10.2.0.1"]),
+        ([("a", "node-2"), ("b", "node-3")], &["10.1.0.1"]),
     ];
     for (hints, expected) in rows {
-        let events = vec![Event::Service(service("web", "10.96.0.1")), Event::EndpointSlice(hinted(hints))];
+        let events = vec![Event::Service(service("web", "10.96.0.1")), Event::EndpointSlice(hinted(&hints))];
         let table = compiled(events).table;
         let entry = table.services.values().next().expect("one service port");
         let addrs: Vec<String> = entry.cluster.iter().map(|backend| backend.addr.to_string()).collect();

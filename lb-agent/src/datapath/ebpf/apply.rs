@@ -16,8 +16,8 @@ use lb_core::{
 use tracing::debug;
 
 use super::{
-    maps::{FamilyMaps, Maps, Pins, Wire, WireAddr, map_error},
-    plan::{Actual, Capacity, Op, PlannedBackend, Planner, filter_bit},
+    maps::{FamilyMaps, Maps, Pins, Wire, WireAddr, map_error, set_filter_bit},
+    plan::{Actual, Capacity, Op, PlannedBackend, Planner},
 };
 use crate::datapath::{ApplyReport, Datapath, DatapathError};
 
@@ -86,7 +86,7 @@ impl EbpfDatapath {
                 gone(deleted, "LB_SOURCE_RANGES")
             }
             Op::Vip(addr, kind) => {
-                self.set_filter_bit(filter_bit(*addr))?;
+                set_filter_bit(&mut self.maps.filter, *addr)?;
                 let value = Wire(VipValue { kind: *kind });
                 let written = match addr {
                     IpAddr::V4(addr) => {
@@ -124,13 +124,6 @@ impl EbpfDatapath {
                 gone(deleted, "LB_FRONTENDS")
             }
         }
-    }
-
-    fn set_filter_bit(&mut self, bit: u32) -> Result<(), DatapathError> {
-        let error = |source| map_error("update", "VIP_FILTER", source);
-        let word = self.maps.filter.get(&(bit >> 6), 0).map_err(error)?;
-        let with = word | 1 << (bit & 63);
-        if with == word { Ok(()) } else { self.maps.filter.set(bit >> 6, with, 0).map_err(error) }
     }
 }
 

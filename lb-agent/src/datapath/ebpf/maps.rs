@@ -5,6 +5,7 @@ use std::{
     fs, io,
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 use aya::{
@@ -16,7 +17,7 @@ use lb_common::{
         Addr4, Addr6, BackendValue, DeviceValue, FlowKey, FlowValue, FrontendKey, FrontendValue,
         LAYOUT_VERSION, NodeConfig, SourceRangeData, VipKey, VipValue,
     },
-    hash::VIP_FILTER_BITS,
+    hash,
     outcome::{Hook, METRICS_LEN, OUTCOMES_PER_HOOK, Outcome},
 };
 use lb_core::model::Family;
@@ -167,23 +168,39 @@ impl Maps {
             Family::V6 => self.v6.backends.len(),
         }
     }
-
-    /// Words of the VIP filter.
-    pub fn filter_words() -> u32 {
-        VIP_FILTER_BITS / 64
-    }
 }
 
 /// Facts about the node, and its devices.
 pub struct NodeMaps {
     node: Array<MapData, Wire<NodeConfig>>,
     devices: HashMap<MapData, u32, Wire<DeviceValue>>,
+    filter: Array<MapData, u64>,
+}
+
+/// Setting a bit is a read and a write, and two threads do it.
+static FILTER: Mutex<()> = Mutex::new(());
+
+/// Sets the filter bit of an address: packets to it are looked at.
+pub fn set_filter_bit(filter: &mut Array<MapData, u64>, addr: IpAddr) -> Result<(), DatapathError> {
+    let _guard = FILTER.lock().unwrap_or_else(PoisonError::into_inner);
+    let bit = match addr {
+        IpAddr::V4(addr) => hash::vip_filter_bit(&addr.octets()),
+        IpAddr::V6(addr) => hash::vip_filter_bit(&addr.octets()),
+    };
+    let error = |source| map_error("update", "VIP_FILTER", source);
+    let word = filter.get(&(bit >> 6), 0).map_err(error)?;
+    let with = word | 1 << (bit & 63);
+    if with == word { Ok(()) } else { filter.set(bit >> 6, with, 0).map_err(error) }
 }
 
 impl NodeMaps {
     /// Opens the pinned maps.
     pub fn open(pins: &Pins) -> Result<Self, DatapathError> {
-        Ok(Self { node: open!(pins, "NODE", Array), devices: open!(pins, "DEVICES", HashMap) })
+        Ok(Self {
+            node: open!(pins, "NODE", Array),
+            devices: open!(pins, "DEVICES", HashMap),
+            filter: open!(pins, "VIP_FILTER", Array),
+        })
     }
 
     /// The node's facts as the programs see them.
@@ -191,14 +208,16 @@ impl NodeMaps {
         self.node.get(&0, 0).map(|wire| wire.0).map_err(|source| map_error("read", "NODE", source))
     }
 
-    /// Writes the node's facts.
+    /// Writes the node's facts. Replies to masqueraded flows come to its addresses: those are looked at.
     pub fn set_node(&mut self, node: NodeConfig) -> Result<(), DatapathError> {
+        self.look_at(node.addr4, node.addr6)?;
         self.node.set(0, Wire(node), 0).map_err(|source| map_error("update", "NODE", source))
     }
 
     /// Writes the devices, and forgets all others.
     pub fn set_devices(&mut self, devices: &[(u32, DeviceValue)]) -> Result<(), DatapathError> {
         for (ifindex, device) in devices {
+            self.look_at(device.addr4, device.addr6)?;
             self.devices
                 .insert(ifindex, Wire(*device), 0)
                 .map_err(|source| map_error("update", "DEVICES", source))?;
@@ -211,6 +230,15 @@ impl NodeMaps {
             .collect();
         for ifindex in gone {
             let _ = self.devices.remove(&ifindex);
+        }
+        Ok(())
+    }
+
+    fn look_at(&mut self, addr4: Addr4, addr6: Addr6) -> Result<(), DatapathError> {
+        for addr in [IpAddr::from(addr4), IpAddr::from(addr6)] {
+            if !addr.is_unspecified() {
+                set_filter_bit(&mut self.filter, addr)?;
+            }
         }
         Ok(())
     }

@@ -19,10 +19,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use lb_common::{
-    abi::{FrontendValue, SlotRange, backend_flags, frontend_flags as flag, vip_kind},
-    hash,
-};
+use lb_common::abi::{FrontendValue, SlotRange, backend_flags, frontend_flags as flag, vip_kind};
 use lb_core::{
     ids::{IdPool, RangePool},
     model::Family,
@@ -589,14 +586,6 @@ fn frontend_value(frontend: &Frontend, programmed: &Programmed) -> FrontendValue
         affinity_secs: programmed.affinity_secs,
         external: range(external.list),
         internal: range(internal.list),
-    }
-}
-
-/// The filter bit of an address.
-pub fn filter_bit(addr: IpAddr) -> u32 {
-    match addr {
-        IpAddr::V4(addr) => hash::vip_filter_bit(&addr.octets()),
-        IpAddr::V6(addr) => hash::vip_filter_bit(&addr.octets()),
     }
 }
 
