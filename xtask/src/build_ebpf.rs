@@ -9,7 +9,7 @@ use crate::{
     setup,
 };
 
-const OBJECTS: [&str; 3] = ["xdp", "tc", "sock"];
+const OBJECTS: [&str; 4] = ["xdp", "tc", "sock", "bench"];
 
 /// What the compiler is told. `v3` has 32-bit jumps; copies are expanded by LLVM's general code, because the in-order
 /// expansion that bpf-linker asks for turns every larger `memset` into a call to a loop.

@@ -8,6 +8,7 @@
 
 mod affinity;
 mod backend;
+mod bench;
 mod flow;
 mod frontend;
 mod node;
@@ -15,6 +16,7 @@ mod sock;
 mod source_range;
 
 pub use affinity::{AffinityKey, AffinityValue};
+pub use bench::BenchConfig;
 pub use backend::{BackendValue, backend_flags};
 pub use flow::{FlowKey, FlowValue, direction, next_hop, role, transmit};
 pub use frontend::{FrontendKey, FrontendValue, SlotRange, VipKey, VipValue, frontend_flags, vip_kind};

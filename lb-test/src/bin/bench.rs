@@ -1,0 +1,282 @@
+//! Benchmarks: what a packet costs, and how long programming takes. They report; they never fail on a time.
+
+use std::{
+    fs,
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use aya::{
+    Ebpf,
+    maps::{Array, ProgramArray},
+    programs::{Program, ProgramFd, TestRun, TestRunOptions, Xdp},
+};
+use clap::{Parser, Subcommand};
+use lb_agent::datapath::ebpf::maps::Wire;
+use lb_common::abi::BenchConfig;
+use lb_core::{model::Event, synthetic};
+use lb_test::{
+    object::{CLIENT_MAC, NODE_MAC, Node, OTHER_MAC, Run, source_of},
+    packet::{Frame, syn, tcp},
+};
+use serde_json::{Value, json};
+
+/// ns per packet by `BPF_PROG_TEST_RUN`, and programming time.
+#[derive(Parser)]
+struct Args {
+    /// What to measure.
+    #[command(subcommand)]
+    what: What,
+    /// One JSON object instead of a table.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Subcommand, Clone, Copy)]
+enum What {
+    /// lb_xdp, packet by packet.
+    Packet,
+    /// 10 000 Services with 10 endpoints each.
+    Sync,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let rows = match args.what {
+        What::Packet => packet()?,
+        What::Sync => sync()?,
+    };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&json!({ "machine": machine(), "rows": rows }))?);
+    } else {
+        println!("{}", machine());
+        rows.iter().for_each(|row| println!("{}", line(row)));
+    }
+    Ok(())
+}
+
+fn line(row: &Value) -> String {
+    let fields = row.as_object().into_iter().flatten().filter(|(key, _)| *key != "case");
+    let fields: Vec<String> = fields.map(|(key, value)| format!("{key} {value}")).collect();
+    format!("{:<44} {}", row["case"].as_str().unwrap_or_default(), fields.join("   "))
+}
+
+fn machine() -> String {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    format!("kernel {}, load {}", read("/proc/sys/kernel/osrelease"), read("/proc/loadavg"))
+}
+
+/// Packets per timed round, and rounds.
+const REPEAT: u32 = 400_000;
+const ROUNDS: usize = 11;
+
+struct Bench {
+    node: Node,
+    driver: Ebpf,
+    base: (u64, u64),
+    rows: Vec<Value>,
+}
+
+/// What varies from case to case.
+#[derive(Clone, Copy)]
+struct Case<'a> {
+    name: &'a str,
+    frame: &'a Frame,
+    flows: u32,
+    vips: u32,
+    /// The share of runs that must end so: verdict and rewrite are checked by the packet tests, this guards the case.
+    outcome: &'a str,
+    fresh: bool,
+}
+
+fn packet() -> Result<Vec<Value>> {
+    pin_to_cpu(1);
+    let object = fs::read("target/bpf/bench.o").context("read target/bpf/bench.o: run `cargo xtask build-ebpf`")?;
+    let mut driver = Ebpf::load(&object).context("load bench.o")?;
+    for name in ["bench_driver", "bench_nothing"] {
+        let program: &mut Xdp = driver.program_mut(name).context(name)?.try_into()?;
+        program.load()?;
+    }
+    let mut bench = Bench { node: Node::new()?, driver, base: (0, 0), rows: Vec::new() };
+    bench.serve(1)?;
+    let vip = "10.96.0.1:80";
+    let (open, follow) = (client(syn("192.0.2.9:1024", vip)), client(tcp("192.0.2.9:1024", vip, 16)));
+    let pass = client(tcp("192.0.2.9:1024", "203.0.113.1:80", 16));
+
+    let nothing: &Xdp = bench.driver.program("bench_nothing").context("bench_nothing")?.try_into()?;
+    let nothing = nothing.fd()?.try_clone()?;
+    bench.target(&nothing)?;
+    bench.configure(&pass, 1, 1, 0)?;
+    bench.base = bench.time()?;
+    bench.rows.push(json!({ "case": "the driver itself", "min_ns": bench.base.0, "median_ns": bench.base.1 }));
+    let under_test = match bench.node.program("lb_xdp")? {
+        Program::Xdp(program) => program.fd()?.try_clone()?,
+        _ => bail!("lb_xdp is no XDP program"),
+    };
+    bench.target(&under_test)?;
+
+    bench.case(Case { name: "not a VIP", frame: &pass, flows: 1, vips: 1, outcome: "pass_not_ours", fresh: false })?;
+    for flows in [1, 1024, 65536] {
+        bench.warm(&open, flows, 1)?;
+        bench.case(Case { name: "established", frame: &follow, flows, vips: 1, outcome: "to_remote_backend", fresh: false })?;
+    }
+    let ran = bench.node.run(Run::Xdp, &client(syn("192.0.2.9:60000", vip)).build())?;
+    let reply = tcp("10.244.2.11:8080", &source_of(&ran.frame).to_string(), 16).macs(OTHER_MAC, NODE_MAC);
+    bench.case(Case { name: "reply", frame: &reply, flows: 1, vips: 1, outcome: "reply", fresh: false })?;
+    bench.case(Case { name: "never-seen flow", frame: &open, flows: 1, vips: 1, outcome: "to_remote_backend", fresh: true })?;
+    for services in [1024, 32768] {
+        bench.serve(services)?;
+        for flows in [1024, 65536] {
+            bench.warm(&open, flows, services)?;
+            let name = format!("established, {services} services");
+            bench.case(Case { name: &name, frame: &follow, flows, vips: services, outcome: "to_remote_backend", fresh: false })?;
+        }
+    }
+    Ok(bench.rows)
+}
+
+fn client(frame: Frame) -> Frame {
+    frame.macs(CLIENT_MAC, NODE_MAC)
+}
+
+impl Bench {
+    /// Services 10.96.0.1 and on, each with two backends on the other node.
+    fn serve(&mut self, services: u32) -> Result<()> {
+        let events = (0..services).flat_map(|i| {
+            let mut slice = synthetic::slice(i, 2, 0);
+            for (n, endpoint) in slice.endpoints.iter_mut().enumerate() {
+                let addr = 0x0af4_0200 | if services == 1 { 11 } else { (i * 2 + n as u32) % 250 + 1 };
+                endpoint.addr = Ipv4Addr::from(addr).into();
+            }
+            slice.endpoints.dedup_by(|a, b| a.addr == b.addr);
+            [Event::Service(synthetic::service(i)), Event::EndpointSlice(slice)]
+        });
+        self.node.apply(events).map(drop)
+    }
+
+    fn target(&mut self, program: &ProgramFd) -> Result<()> {
+        let mut targets: ProgramArray<_> = self.driver.map_mut("TARGET").context("TARGET")?.try_into()?;
+        targets.set(0, program, 0).context("set the program under test")
+    }
+
+    fn configure(&mut self, frame: &Frame, flows: u32, vips: u32, base: u32) -> Result<()> {
+        let mut bytes = frame.build();
+        bytes.resize(64, 0);
+        let mut config = BenchConfig {
+            packet_len: 64,
+            flow_mask: flows - 1,
+            multiplier: 0x9e37_79b1,
+            base,
+            vip_mask: vips - 1,
+            source: 0x0a01_0001,
+            destination: 0x0a60_0001,
+            source_port: 1024,
+            ..BenchConfig::default()
+        };
+        bytemuck::cast_slice_mut::<u64, u8>(&mut config.template).copy_from_slice(&bytes);
+        let mut map: Array<_, Wire<BenchConfig>> = self.driver.map_mut("BENCH").context("BENCH")?.try_into()?;
+        Ok(map.set(0, Wire(config), 0)?)
+    }
+
+    /// Opens every flow once.
+    fn warm(&mut self, open: &Frame, flows: u32, vips: u32) -> Result<()> {
+        self.configure(open, flows, vips, 0)?;
+        self.round(flows).map(drop)
+    }
+
+    fn case(&mut self, case: Case<'_>) -> Result<()> {
+        let flows = if case.fresh { 1 << 30 } else { case.flows };
+        self.configure(case.frame, flows, case.vips, if case.fresh { 1 << 20 } else { 0 })?;
+        let before = self.counted(case.outcome)?;
+        let (min, median) = self.time()?;
+        let ended = self.counted(case.outcome)? - before;
+        let share = ended as f64 / (f64::from(REPEAT) * ROUNDS as f64);
+        if share < 0.95 {
+            bail!("{}: only {:.1} % of packets ended as {}", case.name, share * 100.0, case.outcome);
+        }
+        self.rows.push(json!({
+            "case": case.name, "flows": if case.fresh { 0 } else { case.flows },
+            "min_ns": min.saturating_sub(self.base.0), "median_ns": median.saturating_sub(self.base.0),
+        }));
+        Ok(())
+    }
+
+    fn counted(&self, outcome: &str) -> Result<u64> {
+        let all = lb_agent::datapath::ebpf::maps::metrics(self.node.pins())?;
+        let hook = lb_common::outcome::Hook::Xdp;
+        Ok(all.iter().find(|(h, o, _)| *h == hook && o.as_str() == outcome).map_or(0, |(_, _, count)| *count))
+    }
+
+    /// Minimum and median of the rounds, ns a packet.
+    fn time(&mut self) -> Result<(u64, u64)> {
+        let mut rounds = Vec::new();
+        for _ in 0..ROUNDS {
+            rounds.push(self.round(REPEAT)?.as_nanos() as u64);
+        }
+        rounds.sort_unstable();
+        Ok((rounds[0], rounds[ROUNDS / 2]))
+    }
+
+    fn round(&mut self, repeat: u32) -> Result<Duration> {
+        let driver: &mut Xdp = self.driver.program_mut("bench_driver").context("bench_driver")?.try_into()?;
+        let packet = [0; 64];
+        let context: Vec<u8> = [0, 64, 0, self.node.eth0(), 0, 0].iter().flat_map(|word: &u32| word.to_ne_bytes()).collect();
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(&packet);
+        options.ctx_in = Some(&context);
+        options.repeat = repeat;
+        let result = driver.test_run(options)?;
+        if result.return_value == 0 {
+            bail!("the driver aborted: is the target set?");
+        }
+        Ok(result.duration)
+    }
+}
+
+fn pin_to_cpu(cpu: usize) {
+    // SAFETY: a valid, zeroed set; a machine with one processor keeps its affinity.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set);
+    }
+}
+
+/// Services and endpoints of each.
+const SCALE: (u32, u32) = (10_000, 10);
+
+fn sync() -> Result<Vec<Value>> {
+    let mut node = Node::new()?;
+    let events: Vec<Event> = synthetic::cluster(SCALE.0, SCALE.1).collect();
+    let before = rss_mib();
+    let started = Instant::now();
+    let (_, writes) = node.apply(events)?;
+    let first = started.elapsed();
+    let rss = rss_mib();
+    let mut changes = Vec::new();
+    let mut change_writes = 0;
+    for version in 1..=50 {
+        let slice = synthetic::slice(version * 37 % SCALE.0, SCALE.1, version % 3 + 1);
+        let started = Instant::now();
+        (_, change_writes) = node.apply([Event::EndpointSlice(slice)])?;
+        changes.push(started.elapsed().as_micros() as u64);
+    }
+    changes.sort_unstable();
+    let scale = format!("{} services x {} endpoints", SCALE.0, SCALE.1);
+    Ok(vec![
+        json!({ "case": format!("{scale}: all maps"), "ms": first.as_millis() as u64, "writes": writes }),
+        json!({
+            "case": "one endpoint changes", "median_us": changes[changes.len() / 2],
+            "max_us": changes.last(), "writes": change_writes,
+        }),
+        json!({ "case": "resident memory", "mib": rss, "before_mib": before }),
+    ])
+}
+
+/// `VmRSS`, MiB.
+fn rss_mib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+}
