@@ -16,8 +16,8 @@ mod sock;
 mod source_range;
 
 pub use affinity::{AffinityKey, AffinityValue};
-pub use bench::BenchConfig;
 pub use backend::{BackendValue, backend_flags};
+pub use bench::BenchConfig;
 pub use flow::{FlowKey, FlowValue, direction, next_hop, role, transmit};
 pub use frontend::{FrontendKey, FrontendValue, SlotRange, VipKey, VipValue, frontend_flags, vip_kind};
 pub use node::{DeviceValue, NodeConfig, TraceFilter, device_flags};
