@@ -197,15 +197,17 @@ fn reserve_port<F: Family>(
         }
         entry.port_delta = port_delta(flow, entry.sport, entry.dport);
         write_twin_key(twin_key, key, entry);
+        // Looked up first: an LRU insert evicts an entry even when it then fails (`kernel/bpf/hashtab.c:
+        // htab_lru_map_update_elem`).
+        let insert = match F::flow(twin_key) {
+            None => BPF_NOEXIST,
+            Some(existing) if may_replace(existing, twin_key.proto, flow, entry.seen) => BPF_ANY,
+            Some(_) => continue,
+        };
         write_twin(twin, key, entry);
-        match F::insert_flow(twin_key, twin, BPF_NOEXIST.into()) {
-            Ok(()) => return Ok(()),
-            Err(EEXIST) if may_replace::<F>(twin_key, flow, entry.seen) => {
-                return F::insert_flow(twin_key, twin, BPF_ANY.into())
-                    .map_err(|_| End::drop(Outcome::DropFlowTable));
-            }
+        match F::insert_flow(twin_key, twin, insert.into()) {
             Err(EEXIST) => {}
-            Err(_) => return Err(End::drop(Outcome::DropFlowTable)),
+            inserted => return inserted.map_err(|_| End::drop(Outcome::DropFlowTable)),
         }
     }
     Err(End::drop(Outcome::DropSnatPorts))
@@ -215,8 +217,7 @@ const EEXIST: i32 = -17;
 
 /// A reply entry may be replaced if it is this very client's towards this very frontend, or dead.
 #[inline(always)]
-fn may_replace<F: Family>(key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>, now: u32) -> bool {
-    let Some(existing) = F::flow(key) else { return true };
+fn may_replace<A: Copy + PartialEq>(existing: &FlowValue<A>, proto: u8, flow: &Flow<A>, now: u32) -> bool {
     if existing.daddr == flow.saddr
         && existing.dport == flow.sport
         && existing.saddr == flow.daddr
@@ -227,7 +228,7 @@ fn may_replace<F: Family>(key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>, now: u32
     let idle = now.wrapping_sub(existing.seen);
     // The reply's own state has to do for its forward twin's: a look at that would cost the stack another key. A
     // connection that both sides closed shows a FIN or RST here.
-    idle > tcp::idle_limit_ticks(key.proto, existing.tcp, existing.tcp)
+    idle > tcp::idle_limit_ticks(proto, existing.tcp, existing.tcp)
 }
 
 /// The checksum delta of a port rewrite.

@@ -1,6 +1,7 @@
 //! Benchmarks: what a packet costs, and how long programming takes. They report; they never fail on a time.
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::Ipv4Addr,
     time::{Duration, Instant},
@@ -14,7 +15,7 @@ use aya::{
 };
 use clap::{Parser, Subcommand};
 use lb_agent::datapath::ebpf::maps::Wire;
-use lb_common::abi::BenchConfig;
+use lb_common::{abi::BenchConfig, outcome::Hook};
 use lb_core::{model::Event, synthetic};
 use lb_test::{
     object::{CLIENT_MAC, NODE_MAC, Node, OTHER_MAC, Run, source_of},
@@ -57,7 +58,8 @@ fn main() -> Result<()> {
 }
 
 fn line(row: &Value) -> String {
-    let fields = row.as_object().into_iter().flatten().filter(|(key, _)| *key != "case");
+    let fields =
+        row.as_object().into_iter().flatten().filter(|(key, value)| *key != "case" && !value.is_null());
     let fields: Vec<String> = fields.map(|(key, value)| format!("{key} {value}")).collect();
     format!("{:<44} {}", row["case"].as_str().unwrap_or_default(), fields.join("   "))
 }
@@ -88,6 +90,8 @@ struct Case<'a> {
     /// The share of runs that must end so: verdict and rewrite are checked by the packet tests, this guards the case.
     outcome: &'a str,
     fresh: bool,
+    /// Packets a round.
+    repeat: u32,
 }
 
 fn packet() -> Result<Vec<Value>> {
@@ -100,7 +104,6 @@ fn packet() -> Result<Vec<Value>> {
         program.load()?;
     }
     let mut bench = Bench { node: Node::new()?, driver, base: (0, 0), rows: Vec::new() };
-    bench.serve(1)?;
     let vip = "10.96.0.1:80";
     let (open, follow) = (client(syn("192.0.2.9:1024", vip)), client(tcp("192.0.2.9:1024", vip, 16)));
     let pass = client(tcp("192.0.2.9:1024", "203.0.113.1:80", 16));
@@ -109,62 +112,43 @@ fn packet() -> Result<Vec<Value>> {
     let nothing = nothing.fd()?.try_clone()?;
     bench.target(&nothing)?;
     bench.configure(&pass, 1, 1, 0)?;
-    bench.base = bench.time()?;
-    bench
-        .rows
-        .push(json!({ "case": "the driver itself", "min_ns": bench.base.0, "median_ns": bench.base.1 }));
-    let under_test = match bench.node.program("lb_xdp")? {
-        Program::Xdp(program) => program.fd()?.try_clone()?,
-        _ => bail!("lb_xdp is no XDP program"),
-    };
-    bench.target(&under_test)?;
+    bench.base = bench.time(REPEAT)?;
+    bench.row(json!({ "case": "the driver itself", "min_ns": bench.base.0, "median_ns": bench.base.1 }));
 
-    bench.case(Case {
-        name: "not a VIP",
-        frame: &pass,
+    let case = Case {
+        name: "",
+        frame: &follow,
         flows: 1,
         vips: 1,
-        outcome: "pass_not_ours",
+        outcome: "to_remote_backend",
         fresh: false,
-    })?;
+        repeat: REPEAT,
+    };
+    bench.serve(1, 250)?;
+    bench.case(Case { name: "not a VIP", frame: &pass, outcome: "pass_not_ours", ..case })?;
     for flows in [1, 1024, 65536] {
         bench.warm(&open, flows, 1)?;
-        bench.case(Case {
-            name: "established",
-            frame: &follow,
-            flows,
-            vips: 1,
-            outcome: "to_remote_backend",
-            fresh: false,
-        })?;
+        bench.case(Case { name: "established", flows, ..case })?;
     }
     let ran = bench.node.run(Run::Xdp, &client(syn("192.0.2.9:60000", vip)).build())?;
     let backend = format!("10.244.2.{}:8080", ran.frame[33]);
     let reply = tcp(&backend, &source_of(&ran.frame).to_string(), 16).macs(OTHER_MAC, NODE_MAC);
-    bench.case(Case { name: "reply", frame: &reply, flows: 1, vips: 1, outcome: "reply", fresh: false })?;
-    bench.case(Case {
-        name: "never-seen flow",
-        frame: &open,
-        flows: 1,
-        vips: 1,
-        outcome: "to_remote_backend",
-        fresh: true,
-    })?;
+    bench.case(Case { name: "reply", frame: &reply, outcome: "reply", ..case })?;
     for services in [1024, 32768] {
-        bench.serve(services)?;
         for flows in [1024, 65536] {
+            bench.serve(services, 2)?;
             bench.warm(&open, flows, services)?;
             let name = format!("established, {services} services");
-            bench.case(Case {
-                name: &name,
-                frame: &follow,
-                flows,
-                vips: services,
-                outcome: "to_remote_backend",
-                fresh: false,
-            })?;
+            bench.case(Case { name: &name, flows, vips: services, ..case })?;
         }
     }
+    bench.serve(1, 250)?;
+    let fresh = Case { name: "never-seen flow", frame: &open, fresh: true, ..case };
+    // As many flows as the table has room for, then many more.
+    bench.case(Case { repeat: 10_000, ..fresh })?;
+    bench.case(Case { name: "never-seen flow, table full", ..fresh })?;
+    bench.serve(1, 1)?;
+    bench.case(Case { name: "never-seen flow, ports used up", outcome: "drop_snat_ports", ..fresh })?;
     Ok(bench.rows)
 }
 
@@ -173,13 +157,20 @@ fn client(frame: Frame) -> Frame {
 }
 
 impl Bench {
-    /// Services 10.96.0.1 and on, each with two backends on the other node; a single one with eight, because each
-    /// backend has 28 976 source ports.
-    fn serve(&mut self, services: u32) -> Result<()> {
+    /// Services 10.96.0.1 and on, each with so many backends on the other node: 250 different addresses, because
+    /// each has 28 976 source ports. On a new node, because a table that earlier flows fill evicts.
+    fn serve(&mut self, services: u32, backends: u32) -> Result<()> {
+        self.node = Node::new()?;
+        let under_test = match self.node.program("lb_xdp")? {
+            Program::Xdp(program) => program.fd()?.try_clone()?,
+            _ => bail!("lb_xdp is no XDP program"),
+        };
+        self.target(&under_test)?;
         let events = (0..services).flat_map(|i| {
-            let mut slice = synthetic::slice(i, if services == 1 { 8 } else { 2 }, 0);
+            let mut slice = synthetic::slice(i, backends, 0);
             for (n, endpoint) in slice.endpoints.iter_mut().enumerate() {
-                endpoint.addr = Ipv4Addr::from(0x0af4_0201 + (i * 2 + n as u32) % 250).into();
+                endpoint.addr = Ipv4Addr::from(0x0af4_0201 + (i * backends + n as u32) % 250).into();
+                endpoint.node = Some("node-2".into());
             }
             [Event::Service(synthetic::service(i)), Event::EndpointSlice(slice)]
         });
@@ -220,31 +211,48 @@ impl Bench {
     fn case(&mut self, case: Case<'_>) -> Result<()> {
         let flows = if case.fresh { 1 << 30 } else { case.flows };
         self.configure(case.frame, flows, case.vips, if case.fresh { 1 << 20 } else { 0 })?;
-        let before = self.counted(case.outcome)?;
-        let (min, median) = self.time()?;
-        let ended = self.counted(case.outcome)? - before;
-        let share = ended as f64 / (f64::from(REPEAT) * ROUNDS as f64);
+        let before = self.counted()?;
+        let (min, median) = self.time(case.repeat)?;
+        let mut ended = self.counted()?;
+        ended.iter_mut().for_each(|(outcome, count)| *count -= before.get(outcome).copied().unwrap_or(0));
+        let share =
+            ended.get(case.outcome).copied().unwrap_or(0) as f64 / (f64::from(case.repeat) * ROUNDS as f64);
         if share < 0.95 {
-            bail!("{}: only {:.1} % of packets ended as {}", case.name, share * 100.0, case.outcome);
+            bail!(
+                "{}, {} flows: too few packets ended as {}: {ended:?}",
+                case.name,
+                case.flows,
+                case.outcome
+            );
         }
-        self.rows.push(json!({
-            "case": case.name, "flows": if case.fresh { 0 } else { case.flows },
+        self.row(json!({
+            "case": case.name, "flows": if case.fresh { Value::Null } else { json!(case.flows) },
             "min_ns": min.saturating_sub(self.base.0), "median_ns": median.saturating_sub(self.base.0),
         }));
         Ok(())
     }
 
-    fn counted(&self, outcome: &str) -> Result<u64> {
+    /// Notes a result, and shows that it is there.
+    fn row(&mut self, row: Value) {
+        eprintln!("measured: {}", row["case"].as_str().unwrap_or_default());
+        self.rows.push(row);
+    }
+
+    /// How many packets ended how at the XDP hook.
+    fn counted(&self) -> Result<BTreeMap<&'static str, u64>> {
         let all = lb_agent::datapath::ebpf::maps::metrics(self.node.pins())?;
-        let hook = lb_common::outcome::Hook::Xdp;
-        Ok(all.iter().find(|(h, o, _)| *h == hook && o.as_str() == outcome).map_or(0, |(_, _, count)| *count))
+        Ok(all
+            .into_iter()
+            .filter(|(hook, ..)| *hook == Hook::Xdp)
+            .map(|(_, outcome, count)| (outcome.as_str(), count))
+            .collect())
     }
 
     /// Minimum and median of the rounds, ns a packet.
-    fn time(&mut self) -> Result<(u64, u64)> {
+    fn time(&mut self, repeat: u32) -> Result<(u64, u64)> {
         let mut rounds = Vec::new();
         for _ in 0..ROUNDS {
-            rounds.push(self.round(REPEAT)?.as_nanos() as u64);
+            rounds.push(self.round(repeat)?.as_nanos() as u64);
         }
         rounds.sort_unstable();
         Ok((rounds[0], rounds[ROUNDS / 2]))
