@@ -37,6 +37,7 @@ use crate::{
     netlink::{self, HostNetwork, Netlink},
     serve::{self, Health},
     source::{Report, Source, kubernetes::Kubernetes, manifests::Manifests},
+    trace::DecisionLog,
 };
 
 /// What the programming thread is told.
@@ -156,7 +157,7 @@ impl Host {
             Some(_) => objects::TRACE,
             None => objects::NORMAL,
         };
-        objects.check(if config.trace.is_some() { "build-ebpf --trace" } else { "build-ebpf" })?;
+        objects.check()?;
         let mut programs = Programs::load(pins, &objects, config.sizes)?;
         if let Some(filter) = config.trace {
             start_trace(&mut programs, filter)?;
@@ -225,8 +226,8 @@ fn start_trace(programs: &mut Programs, filter: lb_common::abi::TraceFilter) -> 
         if name == "sock" {
             continue;
         }
-        let mut logger =
-            aya_log::EbpfLogger::init(ebpf).with_context(|| format!("read the log of {name}.o"))?;
+        let mut logger = aya_log::EbpfLogger::init_with_logger(ebpf, DecisionLog)
+            .with_context(|| format!("read the log of {name}.o"))?;
         tokio::spawn(async move {
             loop {
                 logger.flush();

@@ -3,7 +3,10 @@
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, bail};
-use lb_common::abi::TraceFilter;
+use lb_common::{
+    abi::TraceFilter,
+    outcome::{Hook, Outcome},
+};
 
 /// Parses `any`, `10.0.0.5`, `10.0.0.5:80`, `:53/udp`, `[fd00::1]:443/tcp`, `fd00::1/tcp`.
 pub fn parse_filter(text: &str) -> Result<TraceFilter> {
@@ -40,9 +43,47 @@ pub fn parse_filter(text: &str) -> Result<TraceFilter> {
     Ok(filter)
 }
 
+/// Prints what the tracing build logs, through tracing.
+pub struct DecisionLog;
+
+impl log::Log for DecisionLog {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        tracing::info!(target: "packet", "{}", with_names(&record.args().to_string()));
+    }
+
+    fn flush(&self) {}
+}
+
+/// The programs log hooks and outcomes as numbers: a table of names would not fit their stack.
+fn with_names(line: &str) -> String {
+    let mut words: Vec<&str> = line.split(' ').collect();
+    for i in 1..words.len() {
+        let number = words[i].parse::<usize>().ok();
+        let name = match words[i - 1] {
+            "hook" => number.and_then(|number| Hook::ALL.get(number)).map(|hook| hook.as_str()),
+            "outcome" => number.and_then(|number| Outcome::ALL.get(number)).map(|outcome| outcome.as_str()),
+            _ => None,
+        };
+        words[i] = name.unwrap_or(words[i]);
+    }
+    words.join(" ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_get_their_names() {
+        let line = format!("ended: hook {} outcome {} ifindex 2", Hook::Xdp as u32, Outcome::DropTtl as u32);
+        let named = format!("ended: hook {} outcome drop_ttl ifindex 2", Hook::Xdp.as_str());
+        assert_eq!(with_names(&line), named);
+        assert_eq!(with_names("ended: outcome 250"), "ended: outcome 250");
+    }
 
     #[test]
     fn filters_are_read() {

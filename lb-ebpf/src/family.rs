@@ -37,6 +37,15 @@ pub trait Family: 'static {
 
     /// Source and destination side by side.
     fn pair(saddr: Self::Addr, daddr: Self::Addr) -> Self::Pair;
+    /// The address as a log shows it.
+    #[cfg(feature = "trace")]
+    type Shown: aya_log_ebpf::macro_support::IpFormatter + aya_log_ebpf::macro_support::Argument;
+    /// The address as a log shows it.
+    #[cfg(feature = "trace")]
+    fn shown(addr: &Self::Addr) -> Self::Shown;
+    /// The address in sixteen bytes, IPv4-mapped if IPv4.
+    #[cfg(feature = "trace")]
+    fn shown16(addr: &Self::Addr) -> [u8; 16];
     /// All zero: no address.
     fn is_unspecified(addr: &Self::Addr) -> bool;
 
@@ -151,6 +160,19 @@ impl Family for V4 {
     fn pair(saddr: Words4, daddr: Words4) -> Self::Pair {
         [saddr, daddr]
     }
+    #[cfg(feature = "trace")]
+    type Shown = [u8; 4];
+    #[cfg(feature = "trace")]
+    #[inline(always)]
+    fn shown(addr: &Words4) -> [u8; 4] {
+        addr[0].to_ne_bytes()
+    }
+    #[cfg(feature = "trace")]
+    #[inline(always)]
+    fn shown16(addr: &Words4) -> [u8; 16] {
+        let [a, b, c, d] = addr[0].to_ne_bytes();
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+    }
     #[inline(always)]
     fn is_unspecified(addr: &Words4) -> bool {
         addr[0] == 0
@@ -200,6 +222,19 @@ impl Family for V6 {
     #[inline(always)]
     fn pair(saddr: Words6, daddr: Words6) -> Self::Pair {
         [saddr, daddr]
+    }
+    #[cfg(feature = "trace")]
+    type Shown = [u8; 16];
+    #[cfg(feature = "trace")]
+    #[inline(always)]
+    fn shown(addr: &Words6) -> [u8; 16] {
+        // SAFETY: words for bytes.
+        unsafe { *same_layout(addr) }
+    }
+    #[cfg(feature = "trace")]
+    #[inline(always)]
+    fn shown16(addr: &Words6) -> [u8; 16] {
+        Self::shown(addr)
     }
     #[inline(always)]
     fn is_unspecified(addr: &Words6) -> bool {

@@ -48,7 +48,7 @@ pub static LB4_BACKENDS: Array<BackendValue<Addr4>, 262144> = Array::new();
 #[btf_map]
 pub static LB6_BACKENDS: Array<BackendValue<Addr6>, 262144> = Array::new();
 
-/// Written by the programs, swept by the agent. Key: five-tuple and direction; value: the whole rewrite.
+/// Written by the programs, recycled by the kernel. Key: five-tuple and direction; value: the whole rewrite.
 #[btf_map]
 pub static LB4_FLOWS: LruHashMap<FlowKey<Addr4>, FlowValue<Addr4>, 262144> = LruHashMap::new();
 /// As `LB4_FLOWS`, IPv6.

@@ -26,6 +26,7 @@ use crate::{
         select::Choice,
         source_range,
     },
+    trace,
     verdict::{End, Stage},
 };
 
@@ -50,6 +51,7 @@ pub trait Subprograms {
 /// what we masqueraded or turned around.
 #[inline(always)]
 pub fn arriving<C: Ctx, S: Subprograms>(ctx: &mut C) -> End {
+    trace::entered();
     match ethertype(ctx) {
         ETHERTYPE_IPV4 => {
             let end = S::known4(ctx, direction::IN);
@@ -68,6 +70,7 @@ pub fn arriving<C: Ctx, S: Subprograms>(ctx: &mut C) -> End {
 /// Packets leaving the stack, out of an external device or into a pod: a backend's reply is translated back.
 #[inline(always)]
 pub fn leaving<C: Ctx, S: Subprograms>(ctx: &mut C) -> End {
+    trace::entered();
     let end = match ethertype(ctx) {
         ETHERTYPE_IPV4 => S::known4(ctx, direction::OUT),
         ETHERTYPE_IPV6 => S::known6(ctx, direction::OUT),
@@ -85,8 +88,10 @@ pub fn known<F: Parse, C: Ctx>(ctx: &mut C, direction: u8) -> Stage<End> {
         classify::maybe_vip::<F>(&network.daddr)?;
     }
     let packet = parse::flow::<F>(bytes, &network)?;
+    trace::packet::<F, C>(ctx, &packet);
     let key = flow::key(&packet, direction);
     let entry = flow::lookup::<F>(&key, &packet).ok_or(End::NEW_FLOW)?;
+    trace::known::<F, C>(ctx, entry);
     let now = flow::now_ticks();
     let exit = forward::exit::<F, C>(ctx, entry, now)?;
     flow::track::<F>(&key, entry, &packet, now);
@@ -101,9 +106,11 @@ pub fn open<F: Parse, O: Origin, C: Ctx>(ctx: &mut C) -> Stage<End> {
     let packet = &parse::flow::<F>(bytes, &network)?;
     let frontend = classify::frontend::<F>(packet)?;
     let service = O::scope(frontend);
+    trace::service(ctx, &service);
     source_range::check::<F>(packet, &service)?;
     let hash = F::hash(&packet.saddr, &packet.daddr, packet.ports(), packet.proto);
     let choice = choose::<F>(packet, &service, hash)?;
+    trace::choice::<F, C>(ctx, &choice);
     let source = O::source(packet, &service, choice.backend);
     if C::IS_XDP && source != Source::Masquerade {
         // The stack delivers it: tc makes the same choice from the same hash.
@@ -123,6 +130,7 @@ pub fn open<F: Parse, O: Origin, C: Ctx>(ctx: &mut C) -> Stage<End> {
         flow::masquerade::<F>(entry, packet, F::node_addr(node))?;
     }
     flow::insert::<F>(packet, hash, scratch)?;
+    trace::opened::<F, C>(ctx, &scratch.entry);
     translate::<F, C>(ctx, packet, &scratch.entry, exit)
 }
 

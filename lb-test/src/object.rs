@@ -142,7 +142,7 @@ impl Node {
         // SAFETY: a NUL-terminated name.
         let eth0 = unsafe { libc::if_nametoindex(c"eth0".as_ptr()) };
         let pins = Pins::new(&lab.bpf_root("node"));
-        objects::NORMAL.check("build-ebpf")?;
+        objects::NORMAL.check()?;
         let programs = Programs::load(&pins, &objects::NORMAL, Sizes { flows: 262_144 })?;
         let datapath = EbpfDatapath::open(pins.clone())?;
         let mut maps = NodeMaps::open(&pins)?;

@@ -425,3 +425,32 @@ fn changes_are_followed() {
     let log = std::fs::read_to_string(cluster.agent_log(1)).unwrap();
     assert!(log.contains("services.yaml") && log.contains("document 1, Service x, spec.ports"), "{log}");
 }
+
+#[test]
+fn traced_packets_show_every_decision() {
+    let cluster = cluster(Cni::Bridge, &["--trace-packets", "198.51.100.11:80/tcp"]);
+    let answer = cluster.tcp("client", None, "198.51.100.11:80").unwrap();
+    assert_eq!(answer.id.as_deref(), Some("pod11"));
+    // Not traced: another address.
+    cluster.tcp("client", None, "198.51.100.12:80").unwrap();
+    let wanted = [
+        &format!("packet {CLIENT}:") as &str,
+        "> 198.51.100.11:80 protocol 6 tcp flags 2",
+        "service port ",
+        &format!(": {}:8080", pod_ip(1, 1)),
+        &format!("flow opened: becomes {CLIENT}:"),
+        "flow known: becomes ",
+        "ended: hook netdev_ingress outcome to_local_backend",
+    ];
+    let mut log = String::new();
+    for _ in 0..50 {
+        log = std::fs::read_to_string(cluster.agent_log(1)).unwrap();
+        if wanted.iter().all(|line| log.contains(line)) {
+            assert!(!log.contains("198.51.100.12:80 protocol"), "traced what does not match:\n{log}");
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    let missing: Vec<_> = wanted.iter().filter(|line| !log.contains(**line)).collect();
+    panic!("not logged: {missing:?}\n{log}");
+}

@@ -21,13 +21,10 @@ const RUSTFLAGS: [&str; 5] = [
     "-Ctarget-cpu=v3",
 ];
 
-/// Builds the objects, and with `trace` the logging ones too.
-pub fn run(trace: bool) -> Result<()> {
+/// Builds the objects, and those that log (`run --trace-packets`).
+pub fn run() -> Result<()> {
     build(Path::new("target/bpf"), &[])?;
-    if trace {
-        build(Path::new("target/bpf/trace"), &["--features", "trace"])?;
-    }
-    Ok(())
+    build(Path::new("target/bpf/trace"), &["--features", "trace"])
 }
 
 fn build(out: &Path, extra: &[&str]) -> Result<()> {

@@ -10,7 +10,7 @@ pub const UNPRIVILEGED: [&str; 4] = ["xtask", "lb-common", "lb-core", "lb-agent"
 /// Formats (checks), lints, tidies, tests.
 pub fn run() -> Result<()> {
     cargo::run(&["fmt", "--all", "--check"])?;
-    build_ebpf::run(false)?;
+    build_ebpf::run()?;
     cargo::run(&[
         "clippy",
         "--quiet",

@@ -28,9 +28,6 @@ enum Command {
     },
     /// Build the BPF objects into target/bpf and load each once as a check.
     BuildEbpf {
-        /// Build the tracing objects too (target/bpf/trace).
-        #[arg(long)]
-        trace: bool,
         /// Don't load the objects into this kernel.
         #[arg(long)]
         no_verify: bool,
@@ -71,9 +68,9 @@ fn main() -> Result<()> {
     std::env::set_current_dir(cargo::root())?;
     match Args::parse().command {
         Command::Setup { check } => setup::run(check),
-        Command::BuildEbpf { trace, no_verify } => {
+        Command::BuildEbpf { no_verify } => {
             setup::ensure()?;
-            build_ebpf::run(trace)?;
+            build_ebpf::run()?;
             if no_verify { Ok(()) } else { build_ebpf::verify() }
         }
         Command::Check => {
@@ -86,7 +83,7 @@ fn main() -> Result<()> {
         }
         Command::Verifier { write } => {
             setup::ensure()?;
-            build_ebpf::run(false)?;
+            build_ebpf::run()?;
             let mode = if write { "--write" } else { "--budget" };
             cargo::run(&[
                 "run",
@@ -102,7 +99,7 @@ fn main() -> Result<()> {
         }
         Command::Bench { what, json } => {
             setup::ensure()?;
-            build_ebpf::run(false)?;
+            build_ebpf::run()?;
             let mut args =
                 vec!["run", "--quiet", "--release", "-p", "lb-test", "--bin", "bench", "--", &what];
             if json {
@@ -112,7 +109,7 @@ fn main() -> Result<()> {
         }
         Command::Demo { keep, remove } => {
             setup::ensure()?;
-            build_ebpf::run(false)?;
+            build_ebpf::run()?;
             cargo::run(&["build", "--release", "-p", "lb-agent", "-p", "lb-test", "--bins"])?;
             let mut args = vec!["run", "--quiet", "--release", "-p", "lb-test", "--bin", "demo", "--"];
             args.extend(keep.then_some("--keep"));

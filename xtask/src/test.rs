@@ -35,7 +35,7 @@ pub fn run(rings: &[Ring]) -> Result<()> {
     if rings.iter().any(|ring| *ring != Ring::Unit) && !is_root() {
         bail!("packet and netns tests need root: run as root, or `cargo xtask test unit`");
     }
-    build_ebpf::run(false)?;
+    build_ebpf::run()?;
     let mut sum = Sum::default();
     for ring in rings {
         match ring {

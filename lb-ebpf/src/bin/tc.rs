@@ -18,6 +18,7 @@ mod program {
         family::{V4, V6},
         origin::{Outside, Pod},
         pipeline::{self, Subprograms},
+        trace,
         verdict::{Action, End},
     };
 
@@ -26,27 +27,29 @@ mod program {
 
     #[classifier]
     pub fn lb_netdev_in(ctx: TcContext) -> i32 {
-        verdict(Hook::NetdevIngress, pipeline::arriving::<_, Netdev>(&mut Tc::linear(ctx)))
+        verdict(Hook::NetdevIngress, Tc::linear(ctx), pipeline::arriving::<_, Netdev>)
     }
 
     #[classifier]
     pub fn lb_netdev_out(ctx: TcContext) -> i32 {
-        verdict(Hook::NetdevEgress, pipeline::leaving::<_, Netdev>(&mut Tc::linear(ctx)))
+        verdict(Hook::NetdevEgress, Tc::linear(ctx), pipeline::leaving::<_, Netdev>)
     }
 
     #[classifier]
     pub fn lb_pod_in(ctx: TcContext) -> i32 {
-        verdict(Hook::PodIngress, pipeline::arriving::<_, PodVeth>(&mut Tc::linear(ctx)))
+        verdict(Hook::PodIngress, Tc::linear(ctx), pipeline::arriving::<_, PodVeth>)
     }
 
     #[classifier]
     pub fn lb_pod_out(ctx: TcContext) -> i32 {
-        verdict(Hook::PodEgress, pipeline::leaving::<_, Netdev>(&mut Tc::linear(ctx)))
+        verdict(Hook::PodEgress, Tc::linear(ctx), pipeline::leaving::<_, Netdev>)
     }
 
     #[inline(always)]
-    fn verdict(hook: Hook, end: End) -> i32 {
+    fn verdict(hook: Hook, mut ctx: Tc, way: impl FnOnce(&mut Tc) -> End) -> i32 {
+        let end = way(&mut ctx);
         count::record(hook, end.outcome());
+        trace::ended(&ctx, hook, end);
         match end.action() {
             Action::Pass => NEXT,
             Action::Drop => TC_ACT_SHOT as i32,

@@ -16,13 +16,16 @@ mod program {
         family::{V4, V6},
         origin::Outside,
         pipeline::{self, Subprograms},
+        trace,
         verdict::{Action, End},
     };
 
     #[xdp(frags)]
     pub fn lb_xdp(ctx: XdpContext) -> u32 {
-        let end = pipeline::arriving::<_, Subs>(&mut Xdp::new(ctx));
+        let mut ctx = Xdp::new(ctx);
+        let end = pipeline::arriving::<_, Subs>(&mut ctx);
         count::record(Hook::Xdp, end.outcome());
+        trace::ended(&ctx, Hook::Xdp, end);
         match end.action() {
             Action::Pass => xdp_action::XDP_PASS,
             Action::Drop => xdp_action::XDP_DROP,
@@ -49,7 +52,9 @@ mod program {
         fn refuse6<C: Ctx>(ctx: &C, outcome: u32) -> End { End::from_bits(refuse6(ctx.as_ptr().cast(), outcome)) }
     }
 
-    #[inline(always)]
+    // With logging its stack is too large to lie below that of the others.
+    #[cfg_attr(not(feature = "trace"), inline(always))]
+    #[cfg_attr(feature = "trace", inline(never))]
     fn known4(ctx: *mut xdp_md, direction: u8) -> u64 {
         pipeline::known::<V4, _>(&mut Xdp::new(XdpContext::new(ctx)), direction)
             .unwrap_or_else(|end| end)

@@ -33,7 +33,7 @@ use crate::{
 /// How XDP is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum XdpMode {
-    /// In the driver, else generic, else not at all.
+    /// In the driver, else not at all: tc alone is faster than generic XDP and sees every packet whole.
     Auto,
     /// In the driver or not at all.
     Native,
@@ -219,7 +219,7 @@ impl Attacher {
         let modes: &[(&str, u32)] = match self.xdp_mode {
             XdpMode::Off => &[],
             XdpMode::Auto if device.is_veth => &[],
-            XdpMode::Auto => &[("native", XDP_NATIVE), ("generic", XDP_GENERIC)],
+            XdpMode::Auto => &[("native", XDP_NATIVE)],
             XdpMode::Native => &[("native", XDP_NATIVE)],
             XdpMode::Generic => &[("generic", XDP_GENERIC)],
         };

@@ -31,15 +31,13 @@ pub const TRACE: Objects = Objects {
 
 impl Objects {
     /// Fails, with the way out, if the agent was built before its objects.
-    pub fn check(&self, command: &str) -> Result<(), DatapathError> {
+    pub fn check(&self) -> Result<(), DatapathError> {
         if self.xdp.is_empty() || self.tc.is_empty() || self.sock.is_empty() {
             return Err(DatapathError::Kernel {
                 operation: "find",
                 object: "the BPF objects".into(),
-                source: format!(
-                    "this binary was built without them: run `cargo xtask {command}`, then build again"
-                )
-                .into(),
+                source: "this binary was built without them: run `cargo xtask build-ebpf`, then build again"
+                    .into(),
             });
         }
         Ok(())
