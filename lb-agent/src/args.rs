@@ -14,7 +14,10 @@ use lb_common::abi::TraceFilter;
 use lb_core::compile::CompileConfig;
 
 use crate::{
-    datapath::ebpf::{attach::XdpMode, load::Sizes},
+    datapath::ebpf::{
+        attach::{Modes, TcMode, XdpMode},
+        load::Sizes,
+    },
     netlink::DeviceChoice,
     trace,
 };
@@ -136,6 +139,9 @@ pub struct RunArgs {
     /// Where XDP is attached on external devices.
     #[arg(long, default_value = "auto")]
     xdp_mode: XdpMode,
+    /// How tc programs are attached.
+    #[arg(long, default_value = "auto")]
+    tc_mode: TcMode,
     /// Masquerade all traffic to services, as kube-proxy's option of this name.
     #[arg(long)]
     masquerade_all: bool,
@@ -187,7 +193,7 @@ pub struct Config {
     /// Devices.
     pub devices: DeviceChoice,
     /// XDP.
-    pub xdp_mode: XdpMode,
+    pub modes: Modes,
     /// Policy.
     pub compile: CompileConfig,
     /// Map sizes.
@@ -238,7 +244,7 @@ impl RunArgs {
                     list => Some(names(list)),
                 },
             },
-            xdp_mode: self.xdp_mode,
+            modes: Modes { xdp: self.xdp_mode, tc: self.tc_mode },
             compile: CompileConfig {
                 node_port_addresses: self.node_port_addresses,
                 localhost_node_ports: true,

@@ -19,7 +19,7 @@ use lb_core::{
     model::{Event, Warning},
     table::Changes,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tracing::{info, warn};
 
 use crate::{
@@ -64,11 +64,12 @@ pub async fn run(config: Config) -> Result<()> {
     let health = Arc::new(Health::default());
     let (inputs, thread_inputs) = std_mpsc::channel();
     let datapath = EbpfDatapath::open(pins.clone())?;
+    let programmed = Arc::new(Notify::new());
     let worker = {
-        let (config, health) = (config.clone(), health.clone());
+        let (config, health, programmed) = (config.clone(), health.clone(), programmed.clone());
         thread::Builder::new()
             .name("program".into())
-            .spawn(move || Worker::new(&config, Box::new(datapath), health).work(&thread_inputs))
+            .spawn(move || Worker::new(&config, Box::new(datapath), health, programmed).work(&thread_inputs))
             .context("start the programming thread")?
     };
     let send = |input| inputs.send(input).map_err(|_| anyhow!("the programming thread is gone"));
@@ -91,6 +92,12 @@ pub async fn run(config: Config) -> Result<()> {
                     }
                 }
                 Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; the last state holds"),
+            },
+            () = programmed.notified() => if host.attacher.retire_others() {
+                match host.netlink.read().await {
+                    Ok(network) => host.follow(&network)?,
+                    Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; some hooks stay empty"),
+                }
             },
             ended = &mut source => break ended.context("the source panicked")?.and(Err(anyhow!("the source ended"))),
             signal = stop.wait() => {
@@ -175,7 +182,7 @@ impl Host {
             snat_port_count,
             ..NodeConfig::default()
         };
-        let mut attacher = Attacher::new(pins.clone(), programs, config.xdp_mode);
+        let mut attacher = Attacher::new(pins.clone(), programs, config.modes);
         match &config.cgroup_root {
             Ok(root) => attacher.attach_cgroup(root)?,
             Err(reason) => {
@@ -265,6 +272,8 @@ pub struct Worker {
     compiler: Compiler,
     datapath: Box<dyn Datapath>,
     health: Arc<Health>,
+    /// Told once the maps hold the whole cluster.
+    programmed: Arc<Notify>,
     interval: Duration,
     /// Changes since the last success.
     pending: Changes,
@@ -280,12 +289,18 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 
 impl Worker {
     /// Starts with an empty cluster.
-    pub fn new(config: &Config, datapath: Box<dyn Datapath>, health: Arc<Health>) -> Self {
+    pub fn new(
+        config: &Config,
+        datapath: Box<dyn Datapath>,
+        health: Arc<Health>,
+        programmed: Arc<Notify>,
+    ) -> Self {
         let node = NodeView { name: config.node_name.clone(), ..NodeView::default() };
         Self {
             compiler: Compiler::new(config.compile.clone(), node),
             datapath,
             health,
+            programmed,
             interval: Duration::from_millis(config.min_sync_interval_ms),
             pending: Changes::default(),
             synced: false,
@@ -327,6 +342,9 @@ impl Worker {
             }
             match self.sync(first) {
                 Ok(()) => {
+                    if first {
+                        self.programmed.notify_one();
+                    }
                     (retry, wait, first) = (None, RETRY.0, false);
                 }
                 Err(error) => {

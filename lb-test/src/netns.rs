@@ -5,12 +5,14 @@
 use std::{
     fs,
     io::{BufRead, BufReader},
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use aya::programs::{SchedClassifier, TcAttachType};
 
 /// Everything one test owns: namespaces, processes, cgroups, pins and files, all named after its process.
 pub struct Lab {
@@ -98,6 +100,31 @@ impl Lab {
         run(self
             .command(ns, "ethtool")
             .args(["-K", device, "tx", state, "rx", state, "gso", state, "gro", state, "tso", state]))
+    }
+
+    /// The programs on a device's tc hooks, as `tcx NAME` (both sides) and what bpftool says of clsact: Debian's bpftool
+    /// knows nothing of TCX.
+    pub fn tc_programs(&self, ns: &str, device: &str) -> Result<Vec<String>> {
+        let shown = output(self.command(ns, "bpftool").args(["net", "show", "dev", device]))?;
+        let clsact = shown.lines().filter(|line| line.contains("clsact/")).map(ToString::to_string);
+        let mut programs: Vec<String> = clsact.collect();
+        let ns = fs::File::open(format!("/run/netns/{}", self.ns(ns))).context("open the namespace")?;
+        // A thread of its own, because it moves into the namespace.
+        let query = || -> Result<Vec<String>> {
+            // SAFETY: moves this thread alone, into a namespace that lives as long as the lab.
+            if unsafe { libc::setns(ns.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
+                bail!("enter the namespace: {}", std::io::Error::last_os_error());
+            }
+            let mut names = Vec::new();
+            for side in [TcAttachType::Ingress, TcAttachType::Egress] {
+                let (_, found) = SchedClassifier::query_tcx(device, side)?;
+                names.extend(found.iter().map(|info| format!("tcx {}", info.name_as_str().unwrap_or("?"))));
+            }
+            Ok(names)
+        };
+        let found = std::thread::scope(|scope| scope.spawn(query).join());
+        programs.extend(found.map_err(|_| anyhow!("the query panicked"))??);
+        Ok(programs)
     }
 
     /// A command in a namespace.

@@ -386,9 +386,10 @@ fn cleanup_removes_all_and_only_ours() {
     assert!(cluster.lab.bpf_root("node2").exists(), "the other node's pins stay");
     assert_eq!(cluster.tcp("pod12", None, target).unwrap().id, None);
     assert!(cluster.tcp("pod22", None, target).unwrap().id.is_some(), "the other node serves on");
-    let links =
-        lb_test::netns::output(cluster.lab.command("node1", "bpftool").args(["net", "show"])).unwrap();
-    assert!(!links.contains("lb_"), "{links}");
+    for device in ["eth0", "veth11"] {
+        assert_eq!(cluster.lab.tc_programs("node1", device).unwrap(), Vec::<String>::new());
+    }
+    assert_eq!(cluster.lab.tc_programs("node2", "eth0").unwrap(), ["tcx lb_netdev_in", "tcx lb_netdev_out"]);
     assert!(cluster.agent(1, &["service", "list"]).unwrap_err().to_string().contains("nothing is pinned"));
 }
 
@@ -453,4 +454,48 @@ fn traced_packets_show_every_decision() {
     }
     let missing: Vec<_> = wanted.iter().filter(|line| !log.contains(**line)).collect();
     panic!("not logged: {missing:?}\n{log}");
+}
+
+#[test]
+fn every_path_with_clsact_filters() {
+    let mut cluster = cluster(Cni::Bridge, &["--tc-mode", "clsact"]);
+    check_all(&cluster);
+    let clsact = |cluster: &Cluster| {
+        let programs = cluster.lab.tc_programs("node1", "eth0").unwrap();
+        programs.len() == 2 && programs.iter().all(|program| program.contains("clsact/"))
+    };
+    assert!(clsact(&cluster));
+    cluster.stop_agent(1, libc::SIGKILL).unwrap();
+    cluster.start_agent(1).unwrap();
+    assert!(clsact(&cluster), "the old program's filter is gone");
+    cluster.agent_options = vec!["--tc-mode".into(), "tcx".into()];
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    cluster.start_agent(1).unwrap();
+    let programs = cluster.lab.tc_programs("node1", "eth0").unwrap();
+    assert_eq!(programs, ["tcx lb_netdev_in", "tcx lb_netdev_out"]);
+    assert!(cluster.tcp("client", None, "198.51.100.10:80").unwrap().id.is_some());
+}
+
+#[test]
+fn an_agent_with_another_map_layout_takes_over() {
+    let mut cluster = cluster(Cni::Bridge, &[]);
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    let pins = cluster.lab.bpf_root("node1");
+    let mine = pins.join(format!("v{}", lb_common::abi::LAYOUT_VERSION));
+    let old = pins.join("v900");
+    std::fs::rename(&mine, &old).unwrap();
+    let serves = |cluster: &Cluster| cluster.tcp("client", None, "198.51.100.10:80").unwrap().id.is_some();
+    assert!(serves(&cluster), "the old version serves");
+    cluster.start_agent(1).unwrap();
+    cluster.wait_for(1, "10.96.0.10:80/TCP", 2).unwrap();
+    for _ in 0..50 {
+        if !old.exists() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    assert!(!old.exists(), "the old version's pins are gone");
+    assert!(serves(&cluster));
+    let programs = cluster.lab.tc_programs("node1", "eth0").unwrap();
+    assert_eq!(programs, ["tcx lb_netdev_in", "tcx lb_netdev_out"]);
 }

@@ -15,14 +15,15 @@ use std::{
 
 use aya::programs::{
     SchedClassifier, TcAttachType,
-    tc::{self, NlOptions, TcAttachOptions, TcHandle},
+    links::Link as _,
+    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
 };
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::{
     load::Programs,
-    maps::{PINNED, Pins},
+    maps::Pins,
     sys::{self, attach_type},
 };
 use crate::{
@@ -41,6 +42,26 @@ pub enum XdpMode {
     Generic,
     /// Not at all: tc does everything.
     Off,
+}
+
+/// How tc programs are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum TcMode {
+    /// TCX, else a filter on a clsact qdisc.
+    Auto,
+    /// TCX or not at all.
+    Tcx,
+    /// A filter on a clsact qdisc.
+    Clsact,
+}
+
+/// How programs are attached to devices.
+#[derive(Clone, Copy, Debug)]
+pub struct Modes {
+    /// XDP programs.
+    pub xdp: XdpMode,
+    /// tc programs.
+    pub tc: TcMode,
 }
 
 /// One hook, for `status`.
@@ -71,15 +92,16 @@ const SOCK_HOOKS: [(&str, &str, u32); 8] = [
 const XDP_GENERIC: u32 = 1 << 1;
 const XDP_NATIVE: u32 = 1 << 2;
 
-/// Preference and handle of our filters on a clsact qdisc.
+/// Preference of our filters on a clsact qdisc, and their handles: a new program takes the one that is free, then the
+/// old program's is removed.
 const CLSACT_PRIORITY: u16 = 50;
-const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 0x6c62);
+const CLSACT_HANDLES: [TcHandle; 2] = [TcHandle::new(0, 0x6c62), TcHandle::new(0, 0x6c63)];
 
 /// Keeps programs attached to what should have them.
 pub struct Attacher {
     pins: Pins,
     programs: Programs,
-    xdp_mode: XdpMode,
+    modes: Modes,
     attached: BTreeMap<String, Attached>,
     /// Devices whose XDP program runs in the driver: frames may be sent there.
     native: BTreeSet<u32>,
@@ -87,8 +109,8 @@ pub struct Attacher {
 
 impl Attacher {
     /// Nothing is attached yet, but for what an earlier agent left.
-    pub fn new(pins: Pins, programs: Programs, xdp_mode: XdpMode) -> Self {
-        Self { pins, programs, xdp_mode, attached: BTreeMap::new(), native: BTreeSet::new() }
+    pub fn new(pins: Pins, programs: Programs, modes: Modes) -> Self {
+        Self { pins, programs, modes, attached: BTreeMap::new(), native: BTreeSet::new() }
     }
 
     /// Devices that frames may be sent to from XDP.
@@ -167,48 +189,86 @@ impl Attacher {
             return;
         }
         let hook = format!("tc {}", if kind == attach_type::TCX_INGRESS { "ingress" } else { "egress" });
-        let pin = self.pins.links().join(name);
-        let result =
-            self.programs.fd(program).map_err(|error| io::Error::other(error.to_string())).and_then(|fd| {
-                let same_target = |link: &std::os::fd::OwnedFd| on_device(link, device.ifindex);
-                replace_or_create(&pin, fd, same_target, || sys::link_create(fd, device.ifindex, kind, 0))
-            });
-        match result {
-            Ok(()) => self.note(name.into(), &device.name, &hook, "tcx", ""),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                let reason = format!("no TCX ({error}): kernel 6.6 has it");
-                match self.attach_clsact(device, program, kind) {
-                    Ok(()) => self.note(name.into(), &device.name, &hook, "clsact", &reason),
-                    Err(error) => {
-                        self.note(
-                            name.into(),
-                            &device.name,
-                            &hook,
-                            "-",
-                            &format!("{reason}; clsact: {error:#}"),
-                        );
-                    }
+        let mut reason = String::new();
+        if self.modes.tc != TcMode::Clsact {
+            match self.attach_tcx(name, device, program, kind) {
+                Ok(()) => {
+                    let _ = tc::qdisc_detach_program(&device.name, side(kind), program);
+                    return self.note(name.into(), &device.name, &hook, "tcx", "");
                 }
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    reason = format!("no TCX ({error}): kernel 6.6 has it");
+                }
+                Err(error) => reason = error.to_string(),
             }
-            Err(error) => self.note(name.into(), &device.name, &hook, "-", &error.to_string()),
+        } else {
+            reason.push_str("--tc-mode clsact");
+        }
+        if self.modes.tc == TcMode::Tcx {
+            return self.note(name.into(), &device.name, &hook, "-", &reason);
+        }
+        match self.attach_clsact(device, program, side(kind)) {
+            Ok(()) => {
+                remove_link(&self.pins.links().join(name));
+                self.note(name.into(), &device.name, &hook, "clsact", &reason);
+            }
+            Err(error) => {
+                let reason = format!("{reason}; clsact: {error:#}");
+                self.note(name.into(), &device.name, &hook, "-", &reason);
+            }
         }
     }
 
+    fn attach_tcx(&self, name: &str, device: &Device, program: &'static str, kind: u32) -> io::Result<()> {
+        let fd = self.programs.fd(program).map_err(|error| io::Error::other(error.to_string()))?;
+        let same_target = |link: &std::os::fd::OwnedFd| on_device(link, device.ifindex);
+        replace_or_create(&self.pins.links().join(name), fd, same_target, || {
+            sys::link_create(fd, device.ifindex, kind, 0)
+        })
+    }
+
     /// A filter on a clsact qdisc. It isn't pinned: it lives with the device.
-    fn attach_clsact(&mut self, device: &Device, program: &str, kind: u32) -> anyhow::Result<()> {
-        let side =
-            if kind == attach_type::TCX_INGRESS { TcAttachType::Ingress } else { TcAttachType::Egress };
+    fn attach_clsact(&mut self, device: &Device, program: &str, side: TcAttachType) -> anyhow::Result<()> {
         // Fails if it is there already; then it serves as well.
         let _ = tc::qdisc_add_clsact(&device.name);
-        let _ = tc::qdisc_detach_program(&device.name, side, program);
         let ebpf = self.programs.tc();
         let loaded: &mut SchedClassifier =
             ebpf.program_mut(program).ok_or_else(|| anyhow::anyhow!("no program {program}"))?.try_into()?;
-        let options = NlOptions { priority: CLSACT_PRIORITY, handle: CLSACT_HANDLE, ..NlOptions::default() };
-        let id = loaded.attach_with_options(&device.name, side, TcAttachOptions::Netlink(options))?;
-        // Dropping the link would take the filter off when the agent ends.
-        std::mem::forget(loaded.take_link(id)?);
-        Ok(())
+        let mut failed = None;
+        for (n, handle) in CLSACT_HANDLES.into_iter().enumerate() {
+            let options = NlOptions { priority: CLSACT_PRIORITY, handle, ..NlOptions::default() };
+            match loaded.attach_with_options(&device.name, side, TcAttachOptions::Netlink(options)) {
+                Ok(id) => {
+                    // Dropping the link would take the filter off when the agent ends.
+                    std::mem::forget(loaded.take_link(id)?);
+                    let before = CLSACT_HANDLES[1 - n];
+                    let old =
+                        SchedClassifierLink::attached(&device.name, side, CLSACT_PRIORITY, before, None)?;
+                    // Fails if there was none.
+                    let _ = old.detach();
+                    return Ok(());
+                }
+                Err(error) => failed = Some(error),
+            }
+        }
+        Err(failed.map_or_else(|| anyhow::anyhow!("no handle"), anyhow::Error::from))
+    }
+
+    /// Takes off what agents of other layout versions left, once our own maps are full. Their flow tables can't be
+    /// read: connections that they translated go on only if they need no translation.
+    ///
+    /// True if there was something: hooks that only one program can have are free now, see [`Attacher::sync`].
+    pub fn retire_others(&mut self) -> bool {
+        let mine = self.pins.dir();
+        let others: Vec<PathBuf> = versions(&self.pins).into_iter().filter(|dir| *dir != mine).collect();
+        for dir in &others {
+            match remove_version(dir) {
+                Ok(()) => info!(dir = %dir.display(), "took over from another layout version"),
+                Err(error) => warn!(dir = %dir.display(), %error, "not removed"),
+            }
+        }
+        self.attached.retain(|_, attached| attached.mode != "-");
+        !others.is_empty()
     }
 
     fn attach_xdp(&mut self, name: &str, device: &Device) {
@@ -216,14 +276,14 @@ impl Attacher {
             return;
         }
         let pin = self.pins.links().join(name);
-        let modes: &[(&str, u32)] = match self.xdp_mode {
+        let modes: &[(&str, u32)] = match self.modes.xdp {
             XdpMode::Off => &[],
             XdpMode::Auto if device.is_veth => &[],
             XdpMode::Auto => &[("native", XDP_NATIVE)],
             XdpMode::Native => &[("native", XDP_NATIVE)],
             XdpMode::Generic => &[("generic", XDP_GENERIC)],
         };
-        let mut reason = match self.xdp_mode {
+        let mut reason = match self.modes.xdp {
             XdpMode::Off => "--xdp-mode off".to_owned(),
             XdpMode::Auto if device.is_veth => {
                 "frames from a veth's local peer can carry partial checksums, which XDP cannot see".to_owned()
@@ -301,8 +361,7 @@ fn cgroup_of(link: &std::os::fd::OwnedFd) -> io::Result<u64> {
 }
 
 fn pinned_links(pins: &Pins) -> Vec<PathBuf> {
-    let entries = fs::read_dir(pins.links()).into_iter().flatten().filter_map(Result::ok);
-    entries.map(|entry| entry.path()).collect()
+    read(&pins.links())
 }
 
 /// Takes a pinned link off and forgets it.
@@ -313,35 +372,43 @@ fn remove_link(pin: &Path) {
     let _ = fs::remove_file(pin);
 }
 
-/// Removes everything of ours: links, filters, maps, directories, whatever their layout version.
-pub fn remove_all(pins: &Pins) -> Result<(), DatapathError> {
+/// The side of the stack that a TCX attach type means.
+fn side(kind: u32) -> TcAttachType {
+    if kind == attach_type::TCX_INGRESS { TcAttachType::Ingress } else { TcAttachType::Egress }
+}
+
+fn read(dir: &Path) -> Vec<PathBuf> {
+    fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path()).collect()
+}
+
+/// The pin directories of all layout versions.
+fn versions(pins: &Pins) -> Vec<PathBuf> {
+    let is_version = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        name.strip_prefix('v').is_some_and(|digits| digits.parse::<u32>().is_ok())
+    };
+    read(pins.root()).into_iter().filter(is_version).collect()
+}
+
+/// Takes a version's links off and removes its pins: programs and maps go with them.
+fn remove_version(dir: &Path) -> Result<(), DatapathError> {
+    let links = dir.join("links");
+    read(&links).iter().for_each(|link| remove_link(link));
+    let _ = fs::remove_dir(&links);
     let failed = |path: &Path, source: io::Error| DatapathError::Kernel {
         operation: "remove",
         object: path.display().to_string(),
         source: source.into(),
     };
-    let read = |dir: &Path| -> Vec<PathBuf> {
-        fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path()).collect()
-    };
-    let is_version = |path: &PathBuf| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        name.strip_prefix('v').is_some_and(|digits| digits.parse::<u32>().is_ok())
-    };
-    for version in read(pins.root()).into_iter().filter(is_version) {
-        let links = version.join("links");
-        for link in read(&links) {
-            remove_link(&link);
-        }
-        let _ = fs::remove_dir(&links);
-        for map in PINNED {
-            let path = version.join(map);
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&path, error)),
-                _ => {}
-            }
-        }
-        fs::remove_dir(&version).map_err(|source| failed(&version, source))?;
+    for map in read(dir) {
+        fs::remove_file(&map).map_err(|source| failed(&map, source))?;
     }
+    fs::remove_dir(dir).map_err(|source| failed(dir, source))
+}
+
+/// Removes everything of ours: links, filters, maps, directories, whatever their layout version.
+pub fn remove_all(pins: &Pins) -> Result<(), DatapathError> {
+    versions(pins).iter().try_for_each(|dir| remove_version(dir))?;
     for device in read(Path::new("/sys/class/net")) {
         let name = device.file_name().unwrap_or_default().to_string_lossy().into_owned();
         for program in ["lb_netdev_in", "lb_pod_in"] {
