@@ -270,7 +270,7 @@ async fn changes_expiry_and_absence_are_survived() {
     server.forget("endpointslices", "web-1");
     server.expire("endpointslices");
     let gone = Event::EndpointSliceGone(ObjectName::new("shop", "web-1"));
-    assert_eq!(changed(&mut reports).await, [gone.clone()]);
+    assert_eq!(changed(&mut reports).await, std::slice::from_ref(&gone));
 
     wait_for_watch(2).await;
     server.put("endpointslices", slice("10.244.0.7"));

@@ -148,16 +148,16 @@ fn vips(service: &Service, warnings: &mut Vec<Warning>) -> Vec<(IpAddr, Frontend
         (&service.load_balancer_ips, FrontendKind::LoadBalancer, "status.loadBalancer.ingress"),
         (&service.external_ips, FrontendKind::ExternalIp, "spec.externalIPs"),
     ] {
-        for (index, addr) in addrs.iter().enumerate() {
+        for addr in addrs {
             match unusable(*addr) {
                 Some(why) => warnings.push(warning(
                     service,
-                    format!("{field}[{index}]"),
+                    field.into(),
                     format!("{addr} is {why}; it is not served"),
                 )),
                 None if !has_family(service, Family::of(*addr)) => warnings.push(warning(
                     service,
-                    format!("{field}[{index}]"),
+                    field.into(),
                     format!("the Service has no {} cluster IP; {addr} is not served", Family::of(*addr)),
                 )),
                 None if seen.insert(*addr) => vips.push((*addr, kind)),

@@ -179,11 +179,11 @@ fn addresses_nobody_can_mean_are_named() {
         expect![[r#"
         service default/web:http TCP IPv4
         frontend 10.96.0.1:80/TCP             ClusterIP    default/web:http  external=cluster/reject/masq-remote internal=cluster/reject/keep
-        warning Service default/web: spec.externalIPs[0]: 0.0.0.0 is the unspecified address; it is not served
-        warning Service default/web: spec.externalIPs[1]: 127.0.0.1 is a loopback address; it is not served
-        warning Service default/web: spec.externalIPs[2]: 224.0.0.1 is a multicast address; it is not served
-        warning Service default/web: spec.externalIPs[3]: 169.254.0.1 is a link-local or broadcast address; it is not served
-        warning Service default/web: spec.externalIPs[4]: the Service has no IPv6 cluster IP; 2001:db8::1 is not served
+        warning Service default/web: spec.externalIPs: 0.0.0.0 is the unspecified address; it is not served
+        warning Service default/web: spec.externalIPs: 127.0.0.1 is a loopback address; it is not served
+        warning Service default/web: spec.externalIPs: 224.0.0.1 is a multicast address; it is not served
+        warning Service default/web: spec.externalIPs: 169.254.0.1 is a link-local or broadcast address; it is not served
+        warning Service default/web: spec.externalIPs: the Service has no IPv6 cluster IP; 2001:db8::1 is not served
     "#]],
     );
 }
