@@ -339,14 +339,12 @@ fn resolve<F: Family>(
     if frontend.flags & flag::HOST_ONLY != 0 && !in_host {
         return Err(End::pass(Outcome::PassNotOurs));
     }
-    if frontend.flags & flag::SOURCE_RANGES != 0 {
-        if !in_host {
-            // The pod's address isn't known yet; its packets meet the ranges at the veth.
-            return Err(End::pass(Outcome::PassToTc));
-        }
-        if frontend.flags & flag::SOURCE_RANGES_ALLOW_HOST == 0 {
-            return Err(End::drop(Outcome::DropSourceRange));
-        }
+    if frontend.flags & (flag::SOURCE_RANGES | flag::INTERNAL_MASQ_ALWAYS) != 0 && !in_host {
+        // The pod's address isn't known yet: its packets meet the ranges, or are masqueraded, at the veth.
+        return Err(End::pass(Outcome::PassToTc));
+    }
+    if frontend.flags & flag::SOURCE_RANGES != 0 && frontend.flags & flag::SOURCE_RANGES_ALLOW_HOST == 0 {
+        return Err(End::drop(Outcome::DropSourceRange));
     }
     let service = classify::internal(frontend);
     let client = AffinityKey::netns(netns, service.id);

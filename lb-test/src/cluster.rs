@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::netns::{Lab, output, run};
+use crate::netns::{Lab, output};
 
 /// How pods reach their node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,8 +104,6 @@ impl Cluster {
         let lab = &self.lab;
         lab.veth((host, "eth0"), ("lan", &format!("p-{host}")))?;
         lab.ip("lan", &format!("link set p-{host} master br0"))?;
-        // XDP_TX and redirects over a veth are dropped unless its peer has GRO on (or a program of its own).
-        run(lab.command("lan", "ethtool").args(["-K", &format!("p-{host}"), "gro", "on"]))?;
         lab.ip(host, &format!("addr add {addr}/24 dev eth0"))?;
         lab.ip(host, &format!("addr add {addr6}/64 dev eth0 nodad"))?;
         lab.ip(host, "route add default via 192.0.2.1")?;

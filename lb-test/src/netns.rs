@@ -12,7 +12,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use aya::programs::{SchedClassifier, TcAttachType};
+use aya::{
+    Ebpf,
+    programs::{SchedClassifier, TcAttachType, Xdp, XdpMode},
+};
 
 /// Everything one test owns: namespaces, processes, cgroups, pins and files, all named after its process.
 pub struct Lab {
@@ -20,6 +23,8 @@ pub struct Lab {
     namespaces: Vec<String>,
     children: Vec<Child>,
     keep: bool,
+    /// Programs on devices; closing them takes them off.
+    attached: Vec<Ebpf>,
 }
 
 static LABS: AtomicU32 = AtomicU32::new(0);
@@ -33,7 +38,8 @@ impl Lab {
     pub fn new() -> Result<Self> {
         sweep(|pid| !Path::new(&format!("/proc/{pid}")).exists());
         let name = format!("{PREFIX}{}x{}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed));
-        let lab = Self { name, namespaces: Vec::new(), children: Vec::new(), keep: false };
+        let lab =
+            Self { name, namespaces: Vec::new(), children: Vec::new(), keep: false, attached: Vec::new() };
         fs::create_dir_all(lab.dir()).context("make the lab's folder")?;
         fs::create_dir_all(lab.cgroup("base"))
             .context("make the lab's cgroup: is cgroup v2 mounted, are we root?")?;
@@ -108,23 +114,45 @@ impl Lab {
         let shown = output(self.command(ns, "bpftool").args(["net", "show", "dev", device]))?;
         let clsact = shown.lines().filter(|line| line.contains("clsact/")).map(ToString::to_string);
         let mut programs: Vec<String> = clsact.collect();
-        let ns = fs::File::open(format!("/run/netns/{}", self.ns(ns))).context("open the namespace")?;
-        // A thread of its own, because it moves into the namespace.
-        let query = || -> Result<Vec<String>> {
-            // SAFETY: moves this thread alone, into a namespace that lives as long as the lab.
-            if unsafe { libc::setns(ns.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
-                bail!("enter the namespace: {}", std::io::Error::last_os_error());
-            }
+        programs.extend(self.inside(ns, || {
             let mut names = Vec::new();
             for side in [TcAttachType::Ingress, TcAttachType::Egress] {
                 let (_, found) = SchedClassifier::query_tcx(device, side)?;
                 names.extend(found.iter().map(|info| format!("tcx {}", info.name_as_str().unwrap_or("?"))));
             }
             Ok(names)
-        };
-        let found = std::thread::scope(|scope| scope.spawn(query).join());
-        programs.extend(found.map_err(|_| anyhow!("the query panicked"))??);
+        })?);
         Ok(programs)
+    }
+
+    /// Puts an XDP program on a device that passes everything: without one the kernel leaves frames that the other side
+    /// of a veth sends by `XDP_TX` in the queue (`drivers/net/veth.c: veth_xdp_flush`).
+    pub fn take_xdp_frames(&mut self, ns: &str, device: &str) -> Result<()> {
+        let object = "bench.o";
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bpf").join(object);
+        let mut ebpf = Ebpf::load_file(&path).with_context(|| format!("load {}", path.display()))?;
+        self.inside(ns, || {
+            let program: &mut Xdp = ebpf.program_mut("bench_pass").context("bench_pass")?.try_into()?;
+            program.load()?;
+            program.attach(device, XdpMode::Driver).with_context(|| format!("attach to {device}"))?;
+            Ok(())
+        })?;
+        self.attached.push(ebpf);
+        Ok(())
+    }
+
+    /// Runs on a thread of its own, inside a namespace.
+    fn inside<T: Send>(&self, ns: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let ns = fs::File::open(format!("/run/netns/{}", self.ns(ns))).context("open the namespace")?;
+        let enter = || {
+            // SAFETY: moves this thread alone, into a namespace that lives as long as the lab.
+            if unsafe { libc::setns(ns.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
+                bail!("enter the namespace: {}", std::io::Error::last_os_error());
+            }
+            work()
+        };
+        let done = std::thread::scope(|scope| scope.spawn(enter).join());
+        done.map_err(|_| anyhow!("the thread inside the namespace panicked"))?
     }
 
     /// A command in a namespace.

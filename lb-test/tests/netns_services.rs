@@ -499,3 +499,68 @@ fn an_agent_with_another_map_layout_takes_over() {
     let programs = cluster.lab.tc_programs("node1", "eth0").unwrap();
     assert_eq!(programs, ["tcx lb_netdev_in", "tcx lb_netdev_out"]);
 }
+
+#[test]
+fn every_path_with_xdp_in_the_driver() {
+    let mut cluster = cluster(Cni::Bridge, &["--xdp-mode", "native"]);
+    like_a_wire(&mut cluster);
+    check_all(&cluster);
+    let status = cluster.agent(1, &["status"]).unwrap();
+    let counted =
+        |outcome: &str| status.lines().any(|line| line.starts_with("xdp ") && line.contains(outcome));
+    for outcome in ["to_remote_backend", "reply", "refuse_no_endpoints", "refuse_unknown_port", "pass_to_tc"]
+    {
+        assert!(counted(outcome), "XDP counted no {outcome}:\n{status}");
+    }
+}
+
+/// What a real network does for XDP: frames arrive with their checksums complete, and leave at once.
+fn like_a_wire(cluster: &mut Cluster) {
+    for host in ["client", "node1", "node2"] {
+        cluster.lab.offloads(host, "eth0", false).unwrap();
+        let port = format!("p-{host}");
+        cluster.lab.offloads("lan", &port, false).unwrap();
+        cluster.lab.take_xdp_frames("lan", &port).unwrap();
+    }
+    for pod in ["pod11", "pod12", "pod21", "pod22"] {
+        cluster.lab.offloads(pod, "eth0", false).unwrap();
+    }
+}
+
+#[test]
+fn masquerade_all_shows_the_node_to_every_backend() {
+    let cluster = cluster(Cni::Bridge, &["--masquerade-all"]);
+    for (from, served, target) in [
+        ("client", None, "198.51.100.11:80"),
+        ("client", None, "198.51.100.12:80"),
+        ("pod12", None, "10.96.0.11:80"),
+        ("pod12", None, "10.96.0.12:80"),
+        ("pod12", Some(1), "10.96.0.12:80"),
+        ("pod11", Some(1), "10.96.0.11:80"),
+    ] {
+        let answer = cluster.tcp(from, served, target).unwrap();
+        let client = answer.client.as_deref().and_then(|client| client.split(':').next());
+        let node: &[&str] = &["192.0.2.11", "10.244.1.1"];
+        assert!(client.is_some_and(|client| node.contains(&client)), "{from} to {target}: {answer:?}");
+    }
+}
+
+#[test]
+fn maps_are_readable_with_bpftool() {
+    let cluster = cluster(Cni::Bridge, &[]);
+    assert!(cluster.tcp("client", None, "198.51.100.10:80").unwrap().id.is_some());
+    let dir = cluster.lab.bpf_root("node1").join(format!("v{}", lb_common::abi::LAYOUT_VERSION));
+    for (map, fields) in [
+        ("LB4_FRONTENDS", &["addr", "port", "proto", "service_id", "affinity_secs", "external"] as &[&str]),
+        ("LB4_BACKENDS", &["addr", "port", "flags", "generation"]),
+        ("LB4_FLOWS", &["saddr", "daddr", "sport", "backend_id", "next_hop", "macs"]),
+        ("NODE", &["addr4", "snat_port_first", "routing_generation"]),
+    ] {
+        let path = dir.join(map);
+        let dump =
+            lb_test::cluster::bpftool(&["map", "dump", "pinned", &path.display().to_string()]).unwrap();
+        for field in fields {
+            assert!(dump.contains(&format!("\"{field}\":")), "{map} has no {field}:\n{dump:.2000}");
+        }
+    }
+}

@@ -66,6 +66,13 @@ mod program {
         None
     }
 
+    /// For the far side of a test's veth: the kernel delivers what was sent by `XDP_TX` at once only to a peer that has
+    /// a program (`drivers/net/veth.c: veth_xdp_flush`).
+    #[xdp(frags)]
+    pub fn bench_pass(_: XdpContext) -> u32 {
+        xdp_action::XDP_PASS
+    }
+
     /// The cost of the driver itself.
     #[xdp(frags)]
     pub fn bench_nothing(_: XdpContext) -> u32 {
