@@ -74,10 +74,8 @@ outcomes! {
     SockTranslated = 24, "sock_translated";
     /// A socket's peer or source was translated back.
     SockReply = 25, "sock_reply";
-    /// An ICMP error about one of our flows, translated to its client or backend.
-    IcmpError = 26, "icmp_error";
     /// Dropped: the chosen slot holds no live backend (between two writes of the agent).
-    DropNoBackend = 27, "drop_no_backend";
+    DropNoBackend = 26, "drop_no_backend";
 }
 
 /// Room for outcomes per hook in the `METRICS` map.
