@@ -150,6 +150,8 @@ impl Cluster {
                 lab.ip(&name, "route add 169.254.1.1 dev eth0 scope link")?;
                 lab.ip(&name, "route add default via 169.254.1.1 dev eth0")?;
                 lab.sysctl(&node_name, &format!("net.ipv4.conf.{veth}.proxy_arp"), "1")?;
+                // Else the kernel lets a proxied ARP request wait for up to 0.8 s (arp(7)), as Calico knows.
+                lab.sysctl(&node_name, &format!("net.ipv4.neigh.{veth}.proxy_delay"), "0")?;
                 lab.ip(&node_name, &format!("addr add fe80::1/64 dev {veth} nodad"))?;
                 lab.ip(&name, "-6 route add default via fe80::1 dev eth0")?;
                 lab.ip(&node_name, &format!("route add {}/32 dev {veth}", pod_ip(node, pod)))?;
