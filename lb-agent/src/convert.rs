@@ -109,6 +109,10 @@ pub fn service(object: &core::Service, warnings: &mut Vec<Warning>) -> Option<Se
             .collect(),
         external_policy: policy(spec.external_traffic_policy.as_deref()),
         internal_policy: policy(spec.internal_traffic_policy.as_deref()),
+        health_check_node_port: spec
+            .health_check_node_port
+            .and_then(|port| u16::try_from(port).ok())
+            .unwrap_or_default(),
         affinity_secs: affinity(spec),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         selector: spec.selector.clone().unwrap_or_default(),

@@ -11,6 +11,7 @@ mod display;
 pub mod ids;
 pub mod model;
 mod pods;
+pub mod rules;
 pub mod snapshot;
 pub mod synthetic;
 pub mod table;

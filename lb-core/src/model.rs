@@ -147,6 +147,8 @@ pub struct Service {
     pub external_policy: TrafficPolicy,
     /// `spec.internalTrafficPolicy`.
     pub internal_policy: TrafficPolicy,
+    /// `spec.healthCheckNodePort`, 0 for none; counts only for type LoadBalancer with policy Local.
+    pub health_check_node_port: u16,
     /// ClientIP session affinity's timeout in seconds; `None` is no affinity.
     pub affinity_secs: Option<u32>,
     /// `spec.publishNotReadyAddresses`; used when endpoints are derived from Pods.

@@ -31,6 +31,7 @@ pub fn service(i: u32) -> Service {
         source_ranges: Vec::new(),
         external_policy: TrafficPolicy::Cluster,
         internal_policy: TrafficPolicy::Cluster,
+        health_check_node_port: 0,
         affinity_secs: None,
         publish_not_ready: false,
         selector: BTreeMap::new(),

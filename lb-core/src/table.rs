@@ -161,6 +161,8 @@ pub struct Backend {
 pub struct ServiceEntry {
     /// ClientIP affinity timeout in seconds.
     pub affinity_secs: Option<u32>,
+    /// TCP port on which this node tells load balancers of the Service's local endpoints; 0 for none.
+    pub health_check_node_port: u16,
     /// Backends of policy Cluster (topology hints applied).
     pub cluster: Vec<Backend>,
     /// Backends of policy Local.

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use super::NodeView;
 use crate::{
-    model::{Endpoint, EndpointSlice, Family, Service, ServicePort, TrafficPolicy},
+    model::{Endpoint, EndpointSlice, Family, Service, ServicePort, ServiceType, TrafficPolicy},
     table::{Backend, ServiceEntry},
 };
 
@@ -59,8 +59,13 @@ pub(super) fn categorize(
         has_any |= endpoints.values().any(|endpoint| endpoint.ready || draining(endpoint));
     }
     let serving = endpoints.iter().filter(|(_, endpoint)| endpoint.serving).map(|(key, _)| *key).collect();
+    let health_check_node_port = match (service.service_type, service.external_policy) {
+        (ServiceType::LoadBalancer, TrafficPolicy::Local) => service.health_check_node_port,
+        _ => 0,
+    };
+    let affinity_secs = service.affinity_secs;
     Categorized {
-        entry: ServiceEntry { affinity_secs: service.affinity_secs, cluster, local, serving },
+        entry: ServiceEntry { affinity_secs, health_check_node_port, cluster, local, serving },
         has_any,
     }
 }

@@ -1,0 +1,256 @@
+//! Keeps the rules of one IP family up to date: each change of the table becomes a [`Transaction`] that rewrites the
+//! chains that differ and no others.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
+};
+
+use super::iptables::{self, Chain, Config, LARGE_CLUSTER, Table};
+use crate::{
+    model::Family,
+    table::{Changes, FrontendAddr, ServicePortId, ServiceTable},
+};
+
+/// What has been written of one family.
+#[derive(Debug)]
+pub struct Rules {
+    family: Family,
+    config: Config,
+    ports: BTreeMap<ServicePortId, Written>,
+    owners: BTreeMap<FrontendAddr, ServicePortId>,
+    frontends: BTreeMap<ServicePortId, BTreeSet<FrontendAddr>>,
+    /// Digests of chains that service ports share.
+    shared: BTreeMap<Chain, u64>,
+    endpoints: usize,
+    large: bool,
+}
+
+/// What has been written of one service port.
+#[derive(Debug, Default)]
+struct Written {
+    /// Lines in shared chains.
+    shared: Vec<(Table, &'static str, String)>,
+    /// Digests of its own chains.
+    own: BTreeMap<Arc<str>, u64>,
+    endpoints: usize,
+}
+
+/// Changes that netfilter takes over all at once, table by table. Prints as input of `iptables-restore --noflush`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Transaction {
+    tables: BTreeMap<Table, TableChange>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct TableChange {
+    /// New content of chains.
+    chains: BTreeMap<Arc<str>, Vec<String>>,
+    /// Rules put in front of the kernel's own chains: chain, rule.
+    jumps: Vec<(&'static str, String)>,
+    /// Chains that go.
+    deleted: BTreeSet<Arc<str>>,
+}
+
+impl Rules {
+    /// Nothing written yet.
+    pub fn new(family: Family, config: Config) -> Self {
+        Self {
+            family,
+            config,
+            ports: BTreeMap::new(),
+            owners: BTreeMap::new(),
+            frontends: BTreeMap::new(),
+            shared: BTreeMap::new(),
+            endpoints: 0,
+            large: false,
+        }
+    }
+
+    /// Everything for a table, as one transaction from nothing; the jumps are in it.
+    pub fn all(table: &ServiceTable, family: Family, config: &Config) -> Transaction {
+        let mut transaction = Self::new(family, config.clone()).update(table, &Changes::all(table));
+        for (of, from, rule) in iptables::jumps(family) {
+            transaction.jump(of, from, rule.to_string());
+        }
+        transaction
+    }
+
+    /// What has to be written so that the rules are those of `table`; `changes` names the keys that may differ from
+    /// the last call's.
+    pub fn update(&mut self, table: &ServiceTable, changes: &Changes) -> Transaction {
+        let mut transaction = Transaction::default();
+        let mut touched = self.take_frontends(table, changes);
+        touched.extend(changes.services.iter().filter(|id| id.family == self.family).cloned());
+        for id in &touched {
+            let before = self.ports.get(id).map_or(0, |written| written.endpoints);
+            self.endpoints = self.endpoints - before + endpoints(table, id);
+        }
+        let large = self.endpoints > LARGE_CLUSTER;
+        if large != self.large {
+            self.large = large;
+            touched.extend(self.ports.keys().cloned());
+        }
+        for id in &touched {
+            self.rewrite(table, id, &mut transaction);
+        }
+        self.rewrite_shared(table, &mut transaction);
+        transaction
+    }
+
+    /// Names of the chains that are written now.
+    pub fn chains(&self) -> BTreeSet<Chain> {
+        let own = self.ports.values().flat_map(|written| written.own.keys());
+        own.map(|name| (Table::Nat, name.clone())).chain(self.shared.keys().cloned()).collect()
+    }
+
+    /// Learns whose frontends are whose now, and says which service ports that touches.
+    fn take_frontends(&mut self, table: &ServiceTable, changes: &Changes) -> BTreeSet<ServicePortId> {
+        let mut touched = BTreeSet::new();
+        for addr in changes.frontends.iter().filter(|addr| Family::of(addr.addr) == self.family) {
+            if let Some(before) = self.owners.remove(addr) {
+                if let Some(frontends) = self.frontends.get_mut(&before) {
+                    frontends.remove(addr);
+                    if frontends.is_empty() {
+                        self.frontends.remove(&before);
+                    }
+                }
+                touched.insert(before);
+            }
+            if let Some(frontend) = table.frontends.get(addr) {
+                self.owners.insert(*addr, frontend.service.clone());
+                self.frontends.entry(frontend.service.clone()).or_default().insert(*addr);
+                touched.insert(frontend.service.clone());
+            }
+        }
+        touched
+    }
+
+    fn rewrite(&mut self, table: &ServiceTable, id: &ServicePortId, transaction: &mut Transaction) {
+        let before = self.ports.remove(id).unwrap_or_default();
+        let addrs = self.frontends.get(id);
+        let frontends: Vec<_> = addrs
+            .into_iter()
+            .flatten()
+            .filter_map(|addr| table.frontends.get(addr).map(|frontend| (*addr, frontend)))
+            .collect();
+        let rules = match table.services.get(id) {
+            Some(entry) if !frontends.is_empty() => {
+                iptables::of_service(id, entry, &frontends, &self.config, self.large)
+            }
+            _ => iptables::ServiceRules::default(),
+        };
+        let mut written = Written { endpoints: endpoints(table, id), ..Written::default() };
+        for (of, chain, rule) in &rules.shared {
+            written.shared.push((*of, chain, rule.to_string()));
+        }
+        for (chain, rules) in &rules.own {
+            let digest = digest(rules);
+            if before.own.get(chain) != Some(&digest) {
+                transaction.write(Table::Nat, chain.clone(), rules.iter().map(ToString::to_string).collect());
+            }
+            written.own.insert(chain.clone(), digest);
+        }
+        for chain in before.own.keys().filter(|chain| !written.own.contains_key(*chain)) {
+            transaction.delete(Table::Nat, chain.clone());
+        }
+        if table.services.contains_key(id) {
+            self.ports.insert(id.clone(), written);
+        }
+    }
+
+    /// Rewrites the chains of all service ports, with what stands in them once.
+    fn rewrite_shared(&mut self, table: &ServiceTable, transaction: &mut Transaction) {
+        let base = iptables::base(table, self.family, &self.config);
+        let mut lines: BTreeMap<Chain, Vec<&str>> =
+            base.keys().map(|chain| (chain.clone(), Vec::new())).collect();
+        let last: BTreeMap<&Chain, Vec<String>> = base
+            .iter()
+            .map(|(chain, rules)| (chain, rules.iter().map(ToString::to_string).collect()))
+            .collect();
+        for (of, chain, line) in self.ports.values().flat_map(|written| &written.shared) {
+            lines.entry((*of, Arc::from(*chain))).or_default().push(line);
+        }
+        for (chain, rules) in &last {
+            lines.entry((*chain).clone()).or_default().extend(rules.iter().map(String::as_str));
+        }
+        for (chain, lines) in lines {
+            let digest = digest(&lines);
+            if self.shared.get(&chain) != Some(&digest) {
+                let text = lines.into_iter().map(str::to_owned).collect();
+                transaction.write(chain.0, chain.1.clone(), text);
+                self.shared.insert(chain, digest);
+            }
+        }
+    }
+}
+
+fn endpoints(table: &ServiceTable, id: &ServicePortId) -> usize {
+    table.services.get(id).map_or(0, |entry| entry.cluster.len().max(entry.local.len()))
+}
+
+fn digest(content: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    content.hash(&mut hasher);
+    hasher.finish()
+}
+
+impl Transaction {
+    fn write(&mut self, table: Table, chain: Arc<str>, lines: Vec<String>) {
+        self.tables.entry(table).or_default().chains.insert(chain, lines);
+    }
+
+    /// Removes a chain. Every rule that leads to it has to go in this transaction or be gone.
+    pub fn delete(&mut self, table: Table, chain: Arc<str>) {
+        self.tables.entry(table).or_default().deleted.insert(chain);
+    }
+
+    /// Puts a rule in front of one of the kernel's chains.
+    pub fn jump(&mut self, table: Table, from: &'static str, rule: String) {
+        self.tables.entry(table).or_default().jumps.push((from, rule));
+    }
+
+    /// Nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.tables.is_empty()
+    }
+
+    /// Rules written.
+    pub fn upserts(&self) -> usize {
+        let of_table =
+            |change: &TableChange| change.chains.values().map(Vec::len).sum::<usize>() + change.jumps.len();
+        self.tables.values().map(of_table).sum()
+    }
+
+    /// Chains removed.
+    pub fn deletes(&self) -> usize {
+        self.tables.values().map(|change| change.deleted.len()).sum()
+    }
+}
+
+impl fmt::Display for Transaction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (table, change) in &self.tables {
+            writeln!(f, "*{}", table.name())?;
+            for chain in change.chains.keys().chain(&change.deleted) {
+                // Made if new, emptied if not.
+                writeln!(f, ":{chain} - [0:0]")?;
+            }
+            for (from, rule) in &change.jumps {
+                writeln!(f, "-I {from} {rule}")?;
+            }
+            for (chain, lines) in &change.chains {
+                for line in lines {
+                    writeln!(f, "-A {chain} {line}")?;
+                }
+            }
+            for chain in &change.deleted {
+                writeln!(f, "-X {chain}")?;
+            }
+            writeln!(f, "COMMIT")?;
+        }
+        Ok(())
+    }
+}

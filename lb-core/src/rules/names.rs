@@ -1,0 +1,61 @@
+//! Chain names as kube-proxy makes them, so that either finds the other's chains again
+//! (kube-proxy 1.36 `pkg/proxy/iptables/proxier.go` `portProtoHash`, `servicePortEndpointChainName`).
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use data_encoding::BASE32;
+use sha2::{Digest, Sha256};
+
+use crate::{model::Protocol, table::ServicePortId};
+
+/// Packets to clients' frontends.
+pub const SERVICES: &str = "KUBE-SERVICES";
+/// Refusals for frontends that are dialled from outside.
+pub const EXTERNAL_SERVICES: &str = "KUBE-EXTERNAL-SERVICES";
+/// Packets to addresses of this node.
+pub const NODE_PORTS: &str = "KUBE-NODEPORTS";
+/// Source rewriting.
+pub const POSTROUTING: &str = "KUBE-POSTROUTING";
+/// Marks a packet for source rewriting.
+pub const MARK_MASQ: &str = "KUBE-MARK-MASQ";
+/// What may be forwarded.
+pub const FORWARD: &str = "KUBE-FORWARD";
+/// Packets that no source range let through.
+pub const PROXY_FIREWALL: &str = "KUBE-PROXY-FIREWALL";
+/// The kubelet's protection of 127.0.0.0/8, which both write.
+pub const KUBELET_FIREWALL: &str = "KUBE-FIREWALL";
+/// Empty; when it is gone, somebody has flushed the rules.
+pub const CANARY: &str = "KUBE-PROXY-CANARY";
+
+/// Prefixes of the chains of one service port.
+pub const OF_SERVICES: [&str; 5] = ["KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-"];
+
+/// As netfilter spells it.
+pub fn protocol(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+        Protocol::Sctp => "sctp",
+    }
+}
+
+/// `prefix` and the first 16 characters of base32(sha256(service port, protocol)).
+pub fn of_service(prefix: &str, id: &ServicePortId) -> Arc<str> {
+    hashed(prefix, &[&id.to_string(), protocol(id.protocol)])
+}
+
+/// The chain of one endpoint of a service port.
+pub fn of_endpoint(id: &ServicePortId, addr: IpAddr, port: u16) -> Arc<str> {
+    let endpoint = SocketAddr::new(addr, port).to_string();
+    hashed("KUBE-SEP-", &[&id.to_string(), protocol(id.protocol), &endpoint])
+}
+
+fn hashed(prefix: &str, parts: &[&str]) -> Arc<str> {
+    let mut sha = Sha256::new();
+    parts.iter().for_each(|part| sha.update(part));
+    let encoded = BASE32.encode(&sha.finalize());
+    format!("{prefix}{}", &encoded[..16]).into()
+}
