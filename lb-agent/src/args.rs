@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use lb_common::abi::TraceFilter;
-use lb_core::compile::CompileConfig;
+use lb_core::{compile::CompileConfig, rules};
 
 use crate::{
     datapath::ebpf::{
@@ -47,7 +47,8 @@ const EXAMPLES: &str = "Examples:
   lb-agent service list
   lb-agent backend list -o json
   lb-agent status
-  lb-agent cleanup";
+  lb-agent render --mode iptables --manifests ./manifests --node-name node-1
+  lb-agent cleanup --dry-run";
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -64,7 +65,9 @@ pub enum Command {
     /// Serve this node until told to stop; the kernel goes on serving after that.
     Run(Box<RunArgs>),
     /// Remove everything of ours from this node, and nothing else.
-    Cleanup,
+    Cleanup(CleanupArgs),
+    /// Print what a node would be programmed with; touches nothing and needs no privileges.
+    Render(RenderArgs),
     /// What is attached where, in which mode and why; and the counters.
     Status(OutputArgs),
     /// Frontends, from the pinned maps.
@@ -85,6 +88,94 @@ pub enum Command {
         #[command(subcommand)]
         command: ListCommand,
     },
+}
+
+/// What carries packets to backends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// BPF programs.
+    Ebpf,
+    /// kube-proxy's iptables rules.
+    Iptables,
+}
+
+/// Options of `cleanup`.
+#[derive(ClapArgs, Debug)]
+pub struct CleanupArgs {
+    /// Say what would be removed, and remove nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Remove kube-proxy's iptables rules too. End kube-proxy first: it would write them again.
+    #[arg(long)]
+    pub kube_proxy: bool,
+}
+
+/// Options of `render`.
+#[derive(ClapArgs, Debug)]
+pub struct RenderArgs {
+    /// For which datapath.
+    #[arg(long, default_value = "ebpf")]
+    pub mode: Mode,
+    /// Objects, in YAML and JSON files.
+    #[arg(long, value_name = "DIR")]
+    pub manifests: PathBuf,
+    /// The node; its addresses are those of its Node object.
+    #[arg(long)]
+    pub node_name: String,
+    /// Policy.
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+}
+
+/// Options that decide what is served and how.
+#[derive(ClapArgs, Clone, Debug)]
+pub struct PolicyArgs {
+    /// Masquerade all traffic to services, as kube-proxy's option of this name.
+    #[arg(long)]
+    masquerade_all: bool,
+    /// Node addresses that answer NodePorts, as CIDRs separated by commas; all if not given.
+    #[arg(long, value_delimiter = ',', value_name = "CIDR")]
+    node_port_addresses: Vec<IpNet>,
+    /// Addresses of the cluster's pods, one CIDR a family, separated by commas: netfilter rules tell pods from others by
+    /// it. The ebpf mode knows pods by their devices.
+    #[arg(long, value_delimiter = ',', value_name = "CIDR")]
+    cluster_cidr: Vec<IpNet>,
+    /// Whose rules for externalIPs the iptables mode writes: today's, or kube-proxy 1.20's, which leave an address
+    /// that is not this node's to the network when a bridged pod or this node dials it.
+    #[arg(long, default_value = "modern")]
+    legacy_external_ip: LegacyExternalIp,
+}
+
+/// Rules for externalIPs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LegacyExternalIp {
+    /// kube-proxy 1.21 and later.
+    Modern,
+    /// kube-proxy 1.20.
+    #[value(name = "1.20")]
+    V1_20,
+}
+
+impl PolicyArgs {
+    /// For the compiler.
+    pub fn compile(&self) -> CompileConfig {
+        CompileConfig {
+            node_port_addresses: self.node_port_addresses.clone(),
+            localhost_node_ports: true,
+            masquerade_all: self.masquerade_all,
+        }
+    }
+
+    /// For netfilter rules.
+    pub fn rules(&self) -> rules::iptables::Config {
+        rules::iptables::Config {
+            masquerade_all: self.masquerade_all,
+            cluster_cidrs: self.cluster_cidr.clone(),
+            node_ports_by_address: !self.node_port_addresses.is_empty(),
+            legacy_external_ip: self.legacy_external_ip == LegacyExternalIp::V1_20,
+            ..rules::iptables::Config::default()
+        }
+    }
 }
 
 /// What lists can do.
@@ -115,6 +206,9 @@ pub enum Output {
 #[derive(ClapArgs, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct RunArgs {
+    /// What carries packets to backends.
+    #[arg(long, default_value = "ebpf", env = "LB_MODE")]
+    mode: Mode,
     /// This node's name in the cluster; the host name if not given.
     #[arg(long, env = "NODE_NAME")]
     node_name: Option<String>,
@@ -142,12 +236,9 @@ pub struct RunArgs {
     /// How tc programs are attached.
     #[arg(long, default_value = "auto")]
     tc_mode: TcMode,
-    /// Masquerade all traffic to services, as kube-proxy's option of this name.
-    #[arg(long)]
-    masquerade_all: bool,
-    /// Node addresses that answer NodePorts, as CIDRs separated by commas; all if not given.
-    #[arg(long, value_delimiter = ',', value_name = "CIDR")]
-    node_port_addresses: Vec<IpNet>,
+    /// Policy.
+    #[command(flatten)]
+    policy: PolicyArgs,
     /// Entries in each flow table; a connection takes two. Holds for tables that are not pinned yet.
     #[arg(long, default_value_t = 262_144)]
     flows_max: u32,
@@ -194,8 +285,12 @@ pub struct Config {
     pub devices: DeviceChoice,
     /// XDP.
     pub modes: Modes,
+    /// What carries packets.
+    pub mode: Mode,
     /// Policy.
     pub compile: CompileConfig,
+    /// How netfilter rules are written.
+    pub rules: rules::iptables::Config,
     /// Map sizes.
     pub sizes: Sizes,
     /// Which packets to log.
@@ -245,11 +340,9 @@ impl RunArgs {
                 },
             },
             modes: Modes { xdp: self.xdp_mode, tc: self.tc_mode },
-            compile: CompileConfig {
-                node_port_addresses: self.node_port_addresses,
-                localhost_node_ports: true,
-                masquerade_all: self.masquerade_all,
-            },
+            mode: self.mode,
+            compile: self.policy.compile(),
+            rules: self.policy.rules(),
             sizes: Sizes { flows: self.flows_max.max(1024) },
             trace: self.trace_packets.as_deref().map(trace::parse_filter).transpose()?,
             healthz: self.healthz_bind_address,

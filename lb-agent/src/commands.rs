@@ -6,9 +6,12 @@ use anyhow::{Context, Result, bail};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    args::{Args, Command, ListCommand, LogFormat, Output},
-    datapath::ebpf::{attach, inspect, maps::Pins},
-    print, run,
+    args::{Args, CleanupArgs, Command, ListCommand, LogFormat, Output},
+    datapath::{
+        ebpf::{attach, inspect, maps::Pins},
+        iptables,
+    },
+    print, render, run,
 };
 
 /// Runs a command.
@@ -25,7 +28,8 @@ pub fn main(args: Args) -> Result<()> {
                 .context("start the async runtime")?;
             runtime.block_on(run::run(config))
         }
-        Command::Cleanup => Ok(attach::remove_all(&pins)?),
+        Command::Cleanup(options) => cleanup(&options, &pins),
+        Command::Render(options) => render::render(&options),
         Command::Status(options) => {
             check_pinned(&pins)?;
             let status = inspect::status(&pins)?;
@@ -49,6 +53,23 @@ pub fn main(args: Args) -> Result<()> {
             print::rows(&inspect::flows(&pins)?, options.output)
         }
     }
+}
+
+fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
+    let removals = iptables::removals(options.kube_proxy)?;
+    if options.dry_run {
+        if pins.dir().is_dir() {
+            println!("programs, links and maps pinned under {}", pins.dir().display());
+        }
+        for (programs, removal) in &removals {
+            println!("{}-restore --noflush:\n{removal}", programs.name());
+        }
+        return Ok(());
+    }
+    for (programs, removal) in &removals {
+        programs.restore(&removal.to_string())?;
+    }
+    Ok(attach::remove_all(pins)?)
 }
 
 fn check_pinned(pins: &Pins) -> Result<()> {

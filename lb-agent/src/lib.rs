@@ -7,6 +7,7 @@ pub mod convert;
 pub mod datapath;
 pub mod netlink;
 pub mod print;
+pub mod render;
 pub mod run;
 pub mod serve;
 pub mod source;

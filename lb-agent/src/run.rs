@@ -23,9 +23,9 @@ use tokio::sync::{Notify, mpsc};
 use tracing::{info, warn};
 
 use crate::{
-    args::{Config, SourceConfig},
+    args::{Config, Mode, SourceConfig},
     datapath::{
-        Datapath,
+        CHECK_EVERY, Datapath,
         ebpf::{
             apply::EbpfDatapath,
             attach::Attacher,
@@ -33,6 +33,7 @@ use crate::{
             maps::{NodeMaps, Pins, set_first},
             objects,
         },
+        iptables::IptablesDatapath,
     },
     netlink::{self, HostNetwork, Netlink},
     serve::{self, Health},
@@ -57,19 +58,30 @@ const QUEUE: usize = 256;
 /// Serves the node until SIGTERM or SIGINT. The datapath goes on serving after that.
 pub async fn run(config: Config) -> Result<()> {
     let pins = Pins::new(&config.bpf_root);
-    let mut host = Host::start(&config, &pins)?;
-    let network = host.netlink.read().await?;
-    host.follow(&network)?;
+    let mut netlink = Netlink::connect(config.devices.clone())?;
+    let network = netlink.read().await?;
+    let mut host = match config.mode {
+        Mode::Ebpf => Some(Host::start(&config, &pins)?),
+        Mode::Iptables => None,
+    };
+    let follow = |host: &mut Option<Host>, network: &HostNetwork| {
+        host.as_mut().map_or(Ok(()), |host| host.follow(network))
+    };
+    follow(&mut host, &network)?;
 
     let health = Arc::new(Health::default());
     let (inputs, thread_inputs) = std_mpsc::channel();
-    let datapath = EbpfDatapath::open(pins.clone())?;
+    let datapath: Box<dyn Datapath> = match config.mode {
+        Mode::Ebpf => Box::new(EbpfDatapath::open(&pins)?),
+        Mode::Iptables => Box::new(IptablesDatapath::open(config.rules.clone())?),
+    };
+    warn_of_forwarding();
     let programmed = Arc::new(Notify::new());
     let worker = {
         let (config, health, programmed) = (config.clone(), health.clone(), programmed.clone());
         thread::Builder::new()
             .name("program".into())
-            .spawn(move || Worker::new(&config, Box::new(datapath), health, programmed).work(&thread_inputs))
+            .spawn(move || Worker::new(&config, datapath, health, programmed).work(&thread_inputs))
             .context("start the programming thread")?
     };
     let send = |input| inputs.send(input).map_err(|_| anyhow!("the programming thread is gone"));
@@ -83,9 +95,9 @@ pub async fn run(config: Config) -> Result<()> {
     let result = loop {
         tokio::select! {
             Some(report) = reported.recv() => send(Input::Source(report))?,
-            () = host.netlink.changed() => match host.netlink.read().await {
+            () = netlink.changed() => match netlink.read().await {
                 Ok(network) => {
-                    host.follow(&network)?;
+                    follow(&mut host, &network)?;
                     if network.addresses != addresses {
                         addresses.clone_from(&network.addresses);
                         send(Input::Addresses(network.addresses))?;
@@ -93,9 +105,9 @@ pub async fn run(config: Config) -> Result<()> {
                 }
                 Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; the last state holds"),
             },
-            () = programmed.notified() => if host.attacher.retire_others() {
-                match host.netlink.read().await {
-                    Ok(network) => host.follow(&network)?,
+            () = programmed.notified() => if host.as_mut().is_some_and(|host| host.attacher.retire_others()) {
+                match netlink.read().await {
+                    Ok(network) => follow(&mut host, &network)?,
                     Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; some hooks stay empty"),
                 }
             },
@@ -151,11 +163,9 @@ impl Stop {
 
 /// The node's side of the datapath: programs on devices, and what they know of the node.
 struct Host {
-    netlink: Netlink,
     attacher: Attacher,
     maps: NodeMaps,
     node: NodeConfig,
-    forwarding_warned: bool,
 }
 
 impl Host {
@@ -189,8 +199,7 @@ impl Host {
                 warn!(reason, "no socket hooks: pods are served at their veths, host processes are not");
             }
         }
-        let netlink = Netlink::connect(config.devices.clone())?;
-        Ok(Self { netlink, attacher, maps, node, forwarding_warned: false })
+        Ok(Self { attacher, maps, node })
     }
 
     /// Attaches to what is there now and tells the programs.
@@ -214,13 +223,13 @@ impl Host {
         self.node.addr4 = network.main4.map(|addr| addr.octets()).unwrap_or_default();
         self.node.addr6 = network.main6.map(|addr| addr.octets()).unwrap_or_default();
         self.maps.set_node(self.node)?;
-        if !self.forwarding_warned {
-            self.forwarding_warned = true;
-            for sysctl in netlink::forwarding_off() {
-                warn!(sysctl, "is 0: packets to pods and other nodes are not forwarded; set it to 1");
-            }
-        }
         Ok(())
+    }
+}
+
+fn warn_of_forwarding() {
+    for sysctl in netlink::forwarding_off() {
+        warn!(sysctl, "is 0: packets to pods and other nodes are not forwarded; set it to 1");
     }
 }
 
@@ -316,11 +325,9 @@ impl Worker {
         let mut retry = None;
         let mut wait = RETRY.0;
         let mut first = true;
+        let mut checked = Instant::now();
         loop {
-            let input = match retry {
-                None => inputs.recv().map_err(|_| std_mpsc::RecvTimeoutError::Disconnected),
-                Some(after) => inputs.recv_timeout(after),
-            };
+            let input = inputs.recv_timeout(retry.unwrap_or(CHECK_EVERY));
             match input {
                 Ok(Input::Shutdown) | Err(std_mpsc::RecvTimeoutError::Disconnected) => return,
                 Ok(input) => {
@@ -336,6 +343,12 @@ impl Worker {
                     }
                 }
                 Err(std_mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            if checked.elapsed() >= CHECK_EVERY {
+                checked = Instant::now();
+                if !self.datapath.is_intact() {
+                    self.pending = Changes::all(self.compiler.table());
+                }
             }
             if !(self.synced && self.addressed) {
                 continue;

@@ -1,16 +1,24 @@
 //! Folders of manifests and the tables they become on node1. `UPDATE_EXPECT=1 cargo test -p lb-agent --test golden`
 //! writes the tables anew: read the difference before it is committed.
 
-use std::{fmt::Write as _, path::Path};
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
 
+use clap::Parser;
 use expect_test::expect_file;
-use lb_agent::source::manifests::Manifests;
+use lb_agent::{
+    args::{Args, Command},
+    render,
+    source::manifests::Manifests,
+};
 use lb_core::compile::{CompileConfig, Compiler, NodeView};
 
-fn table(case: &str) -> String {
+/// A folder of its own with the nodes beside the case's files.
+fn folder(case: &str, purpose: &str) -> PathBuf {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    // A folder of its own with the nodes beside the case's files.
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(case);
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{case}-{purpose}"));
     let _ = std::fs::remove_dir_all(&dir);
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::copy(golden.join("nodes.yaml"), dir.join("nodes.yaml")).unwrap();
@@ -18,6 +26,11 @@ fn table(case: &str) -> String {
         let path = entry.unwrap().path();
         std::fs::copy(&path, dir.join(path.file_name().unwrap())).unwrap();
     }
+    dir
+}
+
+fn table(case: &str) -> String {
+    let dir = folder(case, "table");
     let (events, file_warnings) = Manifests::new(dir.clone()).scan().unwrap();
     let view = NodeView {
         name: "node1".into(),
@@ -33,6 +46,38 @@ fn table(case: &str) -> String {
         writeln!(text, "warning {}: {}: {}", warning.object, warning.field, warning.problem).unwrap();
     }
     text.replace(&format!("{}/", dir.display()), "")
+}
+
+/// What `lb-agent render --mode iptables` prints.
+fn iptables(case: &str, options: &[&str]) -> String {
+    let dir = folder(case, &format!("iptables{}", options.concat()));
+    let manifests = dir.display().to_string();
+    let typed =
+        ["lb-agent", "render", "--mode", "iptables", "--node-name", "node1", "--manifests", &manifests];
+    match Args::parse_from(typed.iter().chain(options)).command {
+        Command::Render(options) => render::text(&options).unwrap(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The rules that kube-proxy's own test expects; the expectation was compared with its text line by line.
+#[test]
+fn iptables_of_kube_proxys_own_test() {
+    let rules = iptables("kube-proxy", &["--cluster-cidr", "10.0.0.0/8"]);
+    expect_file!["golden/kube-proxy/iptables.txt"].assert_eq(&rules);
+}
+
+/// Forty shapes of Services. The rules follow kube-proxy 1.36 `pkg/proxy/iptables/proxier.go` `syncProxyRules`.
+#[test]
+fn iptables_of_every_shape() {
+    expect_file!["golden/shapes/iptables.txt"]
+        .assert_eq(&iptables("shapes", &["--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"]));
+}
+
+#[test]
+fn iptables_of_the_story_as_kube_proxy_1_20_wrote_them() {
+    expect_file!["golden/story/iptables-1.20.txt"]
+        .assert_eq(&iptables("story", &["--legacy-external-ip", "1.20"]));
 }
 
 #[test]

@@ -91,6 +91,11 @@ impl ClusterSnapshot {
         self.nodes.get(name)
     }
 
+    /// All Nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values()
+    }
+
     /// Every address of every Node.
     pub fn node_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.nodes.values().flat_map(|node| node.addresses.iter().copied())

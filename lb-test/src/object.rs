@@ -144,7 +144,7 @@ impl Node {
         let pins = Pins::new(&lab.bpf_root("node"));
         objects::NORMAL.check()?;
         let programs = Programs::load(&pins, &objects::NORMAL, Sizes { flows: 262_144 })?;
-        let datapath = EbpfDatapath::open(pins.clone())?;
+        let datapath = EbpfDatapath::open(&pins)?;
         let mut maps = NodeMaps::open(&pins)?;
         let addr4 = [192, 0, 2, 11];
         let addr6 = "2001:db8::11".parse::<std::net::Ipv6Addr>()?.octets();

@@ -1,6 +1,7 @@
 //! A datapath carries a [`ServiceTable`] out; it decides nothing.
 
 pub mod ebpf;
+pub mod iptables;
 
 use std::fmt;
 
@@ -17,9 +18,15 @@ pub trait Datapath: Send {
     /// changes since the last success.
     fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<ApplyReport, DatapathError>;
 
-    /// Removes everything we own, and nothing else.
-    fn teardown(&mut self) -> Result<(), DatapathError>;
+    /// Whether nobody has taken away what was applied. Called every [`CHECK_EVERY`]; after `false` the driver
+    /// applies everything again.
+    fn is_intact(&mut self) -> bool {
+        true
+    }
 }
+
+/// How often a datapath is asked whether it is intact.
+pub const CHECK_EVERY: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// What one `apply` did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -50,6 +50,8 @@ struct TableChange {
     chains: BTreeMap<Arc<str>, Vec<String>>,
     /// Rules put in front of the kernel's own chains: chain, rule.
     jumps: Vec<(&'static str, String)>,
+    /// Rules taken out of the kernel's own chains, as `-A CHAIN RULE`.
+    unjumped: Vec<String>,
     /// Chains that go.
     deleted: BTreeSet<Arc<str>>,
 }
@@ -212,6 +214,11 @@ impl Transaction {
         self.tables.entry(table).or_default().jumps.push((from, rule));
     }
 
+    /// Takes a rule out of one of the kernel's chains; `line` is it as `iptables-save` prints it.
+    pub fn remove_jump(&mut self, table: Table, line: String) {
+        self.tables.entry(table).or_default().unjumped.push(line);
+    }
+
     /// Nothing to do.
     pub fn is_empty(&self) -> bool {
         self.tables.is_empty()
@@ -224,9 +231,9 @@ impl Transaction {
         self.tables.values().map(of_table).sum()
     }
 
-    /// Chains removed.
+    /// Chains and jumps removed.
     pub fn deletes(&self) -> usize {
-        self.tables.values().map(|change| change.deleted.len()).sum()
+        self.tables.values().map(|change| change.deleted.len() + change.unjumped.len()).sum()
     }
 }
 
@@ -237,6 +244,9 @@ impl fmt::Display for Transaction {
             for chain in change.chains.keys().chain(&change.deleted) {
                 // Made if new, emptied if not.
                 writeln!(f, ":{chain} - [0:0]")?;
+            }
+            for line in &change.unjumped {
+                writeln!(f, "-D{}", line.strip_prefix("-A").unwrap_or(line))?;
             }
             for (from, rule) in &change.jumps {
                 writeln!(f, "-I {from} {rule}")?;

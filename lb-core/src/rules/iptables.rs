@@ -71,6 +71,9 @@ pub enum Table {
 }
 
 impl Table {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Mangle, Self::Filter, Self::Nat];
+
     /// As `-t` takes it.
     pub const fn name(self) -> &'static str {
         match self {
@@ -338,6 +341,14 @@ impl Port<'_> {
     /// The chain that all frontends but ClusterIPs lead to.
     fn enter_from_outside(&self, rules: &mut ServiceRules) {
         let (Some(list), true) = (self.external_list(), self.has_endpoints) else { return };
+        let straight = |kind| match kind {
+            FrontendKind::ClusterIp => true,
+            FrontendKind::ExternalIp => self.config.legacy_external_ip && list == BackendList::Cluster,
+            _ => false,
+        };
+        if self.frontends.iter().all(|(_, frontend)| straight(frontend.kind)) {
+            return;
+        }
         let chain = &self.chains.external;
         let comment = |what: &str, verb: &str| {
             Match::Comment(format!("{verb} {what} for {} external destinations", self.name))
@@ -434,9 +445,10 @@ pub fn base(table: &ServiceTable, family: Family, config: &Config) -> BTreeMap<C
     let mark = config.masquerade_mark;
     let mut chains: BTreeMap<Chain, Vec<Rule>> = BTreeMap::new();
     let mut chain = |table: Table, name: &str, rules: Vec<Rule>| chains.insert((table, name.into()), rules);
-    for table in [Table::Mangle, Table::Filter, Table::Nat] {
+    for table in Table::ALL {
         chain(table, names::CANARY, Vec::new());
     }
+    chain(Table::Mangle, names::OWNER, Vec::new());
     for name in [names::SERVICES, names::EXTERNAL_SERVICES, names::NODE_PORTS, names::PROXY_FIREWALL] {
         chain(Table::Filter, name, Vec::new());
     }

@@ -30,6 +30,28 @@ pub const KUBELET_FIREWALL: &str = "KUBE-FIREWALL";
 /// Empty; when it is gone, somebody has flushed the rules.
 pub const CANARY: &str = "KUBE-PROXY-CANARY";
 
+/// Empty; kube-proxy doesn't make it: the other chains are ours, not kube-proxy's.
+pub const OWNER: &str = "LB-AGENT-OWNER";
+/// Empty; kubelets make it: chains that they share with kube-proxy are in use.
+pub const KUBELET_CANARY: &str = "KUBE-KUBELET-CANARY";
+
+/// Chains that stand once, in whichever table.
+pub const SHARED: [&str; 10] = [
+    SERVICES,
+    EXTERNAL_SERVICES,
+    NODE_PORTS,
+    POSTROUTING,
+    MARK_MASQ,
+    FORWARD,
+    PROXY_FIREWALL,
+    KUBELET_FIREWALL,
+    CANARY,
+    OWNER,
+];
+
+/// Those that kubelets may have made, too.
+pub const SHARED_WITH_KUBELET: [&str; 3] = [POSTROUTING, MARK_MASQ, KUBELET_FIREWALL];
+
 /// Prefixes of the chains of one service port.
 pub const OF_SERVICES: [&str; 5] = ["KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-"];
 

@@ -23,7 +23,6 @@ use crate::datapath::{ApplyReport, Datapath, DatapathError};
 
 /// The eBPF datapath's maps, kept equal to a table.
 pub struct EbpfDatapath {
-    pins: Pins,
     maps: Maps,
     /// `None` until the kernel's state is known: at start and after a failed write.
     planner: Option<Planner>,
@@ -31,8 +30,8 @@ pub struct EbpfDatapath {
 
 impl EbpfDatapath {
     /// Takes over the pinned maps.
-    pub fn open(pins: Pins) -> Result<Self, DatapathError> {
-        Ok(Self { maps: Maps::open(&pins)?, pins, planner: None })
+    pub fn open(pins: &Pins) -> Result<Self, DatapathError> {
+        Ok(Self { maps: Maps::open(pins)?, planner: None })
     }
 
     fn capacity(&self) -> Capacity {
@@ -165,11 +164,6 @@ impl Datapath for EbpfDatapath {
         let slot_writes: usize =
             ops.iter().map(|op| if let Op::Slots(_, ids) = op { ids.len() - 1 } else { 0 }).sum();
         Ok(ApplyReport { upserts: ops.len() - deletes + slot_writes, deletes, refused })
-    }
-
-    fn teardown(&mut self) -> Result<(), DatapathError> {
-        self.planner = None;
-        super::attach::remove_all(&self.pins)
     }
 }
 

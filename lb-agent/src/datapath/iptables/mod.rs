@@ -1,0 +1,191 @@
+//! kube-proxy's iptables rules, loaded and kept.
+
+pub mod exec;
+
+use std::{fs, path::Path};
+
+use lb_core::{
+    model::Family,
+    rules::{
+        incremental::{Rules, Transaction},
+        iptables::{self, Config, Table},
+        names,
+    },
+    table::{Changes, ServiceTable},
+};
+use tracing::{info, warn};
+
+use self::exec::{Loaded, Programs, Variant};
+use super::{ApplyReport, Datapath, DatapathError};
+
+/// The rules of both families.
+pub struct IptablesDatapath {
+    families: Vec<FamilyRules>,
+}
+
+/// The rules of one family.
+struct FamilyRules {
+    programs: Programs,
+    family: Family,
+    config: Config,
+    /// `None` until it is known what is loaded: at start, after a failed load and when somebody flushed the rules.
+    rules: Option<Rules>,
+}
+
+impl IptablesDatapath {
+    /// Finds the programs and prepares the host. A machine without IPv6 rules is served in IPv4.
+    pub fn open(config: Config) -> Result<Self, DatapathError> {
+        let variant = Variant::detect()?;
+        let mut families = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            let programs = Programs { variant, family };
+            if let Err(error) = programs.save(Some(Table::Nat)) {
+                match family {
+                    Family::V4 => return Err(error),
+                    Family::V6 => warn!(%error, "no IPv6 rules on this machine; IPv4 is served"),
+                }
+                continue;
+            }
+            let mut config = config.clone();
+            config.random_fully = programs.knows_random_fully();
+            config.drop_invalid = !sysctl_is_on("net/netfilter/nf_conntrack_tcp_be_liberal");
+            families.push(FamilyRules { programs, family, config, rules: None });
+            info!(program = programs.name(), "rules go through");
+        }
+        if config.localhost_node_ports {
+            route_localnet();
+        }
+        Ok(Self { families })
+    }
+}
+
+fn sysctl_is_on(name: &str) -> bool {
+    fs::read_to_string(Path::new("/proc/sys").join(name)).is_ok_and(|value| value.trim() == "1")
+}
+
+/// Without it the kernel drops what is translated from 127.0.0.1 to a pod as martian.
+fn route_localnet() {
+    let sysctl = "/proc/sys/net/ipv4/conf/all/route_localnet";
+    if let Err(error) = fs::write(sysctl, "1") {
+        warn!(%error, sysctl, "can't be set to 1: NodePorts don't answer on 127.0.0.1");
+    }
+}
+
+impl Datapath for IptablesDatapath {
+    fn name(&self) -> &'static str {
+        "iptables"
+    }
+
+    fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<ApplyReport, DatapathError> {
+        let mut report = ApplyReport::default();
+        for family in &mut self.families {
+            let transaction = family.apply(table, changes)?;
+            report.upserts += transaction.upserts();
+            report.deletes += transaction.deletes();
+        }
+        Ok(report)
+    }
+
+    fn is_intact(&mut self) -> bool {
+        // All are asked: one that was flushed forgets what it wrote.
+        let intact: Vec<bool> = self.families.iter_mut().map(FamilyRules::is_intact).collect();
+        intact.into_iter().all(|intact| intact)
+    }
+}
+
+impl FamilyRules {
+    fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<Transaction, DatapathError> {
+        // Taken out, so that a failure leaves the state unknown and the next call loads everything.
+        let (rules, transaction) = match self.rules.take() {
+            Some(mut rules) => {
+                let transaction = rules.update(table, changes);
+                (rules, transaction)
+            }
+            None => self.everything(table)?,
+        };
+        if !transaction.is_empty() {
+            self.programs.restore(&transaction.to_string())?;
+        }
+        self.rules = Some(rules);
+        Ok(transaction)
+    }
+
+    /// All rules, without the chains of an earlier agent or kube-proxy that no longer have a place.
+    fn everything(&self, table: &ServiceTable) -> Result<(Rules, Transaction), DatapathError> {
+        let loaded = Loaded::parse(&self.programs.save(None)?);
+        let mut rules = Rules::new(self.family, self.config.clone());
+        let mut transaction = rules.update(table, &Changes::all(table));
+        let desired = rules.chains();
+        for (of, chain) in loaded.chains.into_iter().filter(|chain| !desired.contains(chain)) {
+            transaction.delete(of, chain);
+        }
+        for (of, from, rule) in iptables::jumps(self.family) {
+            let target = rule.target.as_ref().map(ToString::to_string).unwrap_or_default();
+            let there = loaded
+                .jumps
+                .iter()
+                .any(|(table, caller, to, _)| *table == of && caller == from && target == format!("-j {to}"));
+            if !there {
+                transaction.jump(of, from, rule.to_string());
+            }
+        }
+        Ok((rules, transaction))
+    }
+
+    fn is_intact(&mut self) -> bool {
+        if self.rules.is_none() {
+            return true;
+        }
+        // Whoever flushes a table takes its canary with it (kube-proxy `pkg/util/iptables` Monitor).
+        let gone =
+            Table::ALL.iter().any(|table| self.programs.has_chain(*table, names::CANARY) == Some(false));
+        if gone {
+            warn!(program = self.programs.name(), "somebody flushed the rules; all are loaded again");
+            self.rules = None;
+        }
+        !gone
+    }
+}
+
+/// What removes the rules of this machine, by program. Without `all` only those that our agent wrote; with it
+/// kube-proxy's too, which have the same names. A kubelet's chains stay.
+pub fn removals(all: bool) -> Result<Vec<(Programs, Transaction)>, DatapathError> {
+    let mut removals = Vec::new();
+    for variant in [Variant::Nft, Variant::Legacy, Variant::Plain] {
+        for family in [Family::V4, Family::V6] {
+            let programs = Programs { variant, family };
+            // What can't be read holds no rules of ours.
+            let Ok(text) = programs.save(None) else { continue };
+            let loaded = Loaded::parse(&text);
+            if all || loaded.is_owned() {
+                let removal = removal(&loaded);
+                if !removal.is_empty() {
+                    removals.push((programs, removal));
+                }
+            }
+        }
+        // Plain is one of the two: it counts where they are not.
+        if variant == Variant::Legacy && !removals.is_empty() {
+            break;
+        }
+    }
+    Ok(removals)
+}
+
+fn removal(loaded: &Loaded) -> Transaction {
+    let mut removal = Transaction::default();
+    let stays = |table: Table, chain: &str| {
+        loaded.kubelet.contains(&table) && names::SHARED_WITH_KUBELET.contains(&chain)
+    };
+    for (table, _, to, line) in &loaded.jumps {
+        if !stays(*table, to) {
+            removal.remove_jump(*table, line.clone());
+        }
+    }
+    for (table, chain) in &loaded.chains {
+        if !stays(*table, chain) {
+            removal.delete(*table, chain.clone());
+        }
+    }
+    removal
+}

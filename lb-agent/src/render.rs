@@ -1,0 +1,53 @@
+//! `render`: what a node would be programmed with, from manifests alone.
+
+use anyhow::{Result, bail};
+use lb_core::{
+    compile::{Compiler, NodeView},
+    model::Family,
+    rules::incremental::Rules,
+};
+use tracing::warn;
+
+use crate::{
+    args::{Mode, RenderArgs},
+    source::manifests::Manifests,
+};
+
+/// Prints it.
+pub fn render(options: &RenderArgs) -> Result<()> {
+    print!("{}", text(options)?);
+    Ok(())
+}
+
+/// For iptables: the input of `iptables-restore --noflush` and `ip6tables-restore --noflush`; for ebpf: the table that
+/// the maps are filled from.
+pub fn text(options: &RenderArgs) -> Result<String> {
+    let (events, file_warnings) = Manifests::new(options.manifests.clone()).scan()?;
+    let view = NodeView { name: options.node_name.as_str().into(), ..NodeView::default() };
+    let mut compiler = Compiler::new(options.policy.compile(), view);
+    events.into_iter().for_each(|event| compiler.apply(event));
+    let Some(node) = compiler.snapshot().node(&options.node_name) else {
+        let known: Vec<&str> = compiler.snapshot().nodes().map(|node| &*node.name).collect();
+        bail!(
+            "no Node {} in {}: there {} {}",
+            options.node_name,
+            options.manifests.display(),
+            if known.len() == 1 { "is" } else { "are" },
+            if known.is_empty() { "none".to_owned() } else { known.join(", ") }
+        );
+    };
+    let addresses = node.addresses.clone();
+    compiler.set_addresses(addresses);
+    compiler.compile();
+    let of_files = file_warnings.iter().flat_map(|(_, warnings)| warnings);
+    for warning in of_files.chain(compiler.warnings()) {
+        warn!(object = %warning.object, field = %warning.field, problem = %warning.problem, "look at this");
+    }
+    let table = compiler.table();
+    Ok(match options.mode {
+        Mode::Ebpf => table.to_string(),
+        Mode::Iptables => [Family::V4, Family::V6]
+            .map(|family| format!("# {family}\n{}", Rules::all(table, family, &options.policy.rules())))
+            .concat(),
+    })
+}
