@@ -51,8 +51,10 @@ fn cluster(cni: Cni, options: &[&str]) -> Cluster {
     cluster.apply("services.yaml", &manifests()).unwrap();
     cluster.start_agent(1).expect("an agent");
     cluster.start_agent(2).expect("an agent");
-    cluster.wait_for(1, "10.96.0.10:80/TCP", 2).unwrap();
-    cluster.wait_for(2, "10.96.0.10:80/TCP", 2).unwrap();
+    if !options.contains(&"iptables") {
+        cluster.wait_for(1, "10.96.0.10:80/TCP", 2).unwrap();
+        cluster.wait_for(2, "10.96.0.10:80/TCP", 2).unwrap();
+    }
     cluster
 }
 
@@ -67,7 +69,57 @@ struct Row {
     expect: Result<&'static [&'static str], &'static str>,
     /// The client's address as the server sees it.
     client: Option<String>,
+    /// What kube-proxy's rules make of it where that differs on purpose.
+    netfilter: Option<Difference>,
 }
+
+/// A deliberate difference between datapaths.
+struct Difference {
+    expect: Result<&'static [&'static str], &'static str>,
+    client: Option<String>,
+}
+
+impl Row {
+    /// kube-proxy's rules masquerade whatever policy Cluster takes in from anywhere but a ClusterIP.
+    fn masqueraded(mut self, node: &str) -> Self {
+        self.netfilter = Some(Difference { expect: self.expect, client: Some(node.to_owned()) });
+        self
+    }
+
+    /// kube-proxy's rules don't know this packet; wherever it goes, nobody answers as the service.
+    fn passed(mut self) -> Self {
+        self.netfilter = Some(Difference { expect: Err(UNSERVED), client: None });
+        self
+    }
+
+    /// kube-proxy's rules refuse with ICMP. Over a wire without delay the answer to a SYN is there before connect(2)
+    /// lets go of the socket, and IPv6 sockets heed the next one only (`tcp_v6_err`).
+    fn refused_by_icmp(mut self) -> Self {
+        self.netfilter = Some(Difference { expect: Err(REFUSED_LATE), client: None });
+        self
+    }
+
+    /// kube-proxy's rules drop in silence what a socket hook refuses.
+    fn dropped(mut self) -> Self {
+        self.netfilter = Some(Difference { expect: Err("timeout"), client: None });
+        self
+    }
+
+    /// The row as kube-proxy's rules serve it.
+    fn with_rules(mut self) -> Self {
+        if let Some(difference) = self.netfilter.take() {
+            self.expect = difference.expect;
+            self.client = difference.client;
+        }
+        self
+    }
+}
+
+/// Refused, but perhaps only at the first retransmission.
+const REFUSED_LATE: &str = "refused late";
+
+/// Any error at all.
+const UNSERVED: &str = "unserved";
 
 const ANY: &[&str] = &["pod11", "pod21"];
 
@@ -79,7 +131,15 @@ fn row(
     expect: Result<&'static [&'static str], &'static str>,
     client: Option<&str>,
 ) -> Row {
-    Row { what, from, served, target: target.into(), expect, client: client.map(str::to_owned) }
+    Row {
+        what,
+        from,
+        served,
+        target: target.into(),
+        expect,
+        client: client.map(str::to_owned),
+        netfilter: None,
+    }
 }
 
 fn rows() -> Vec<Row> {
@@ -122,15 +182,11 @@ fn rows() -> Vec<Row> {
         rows.push(row("host to service", "node1", Some(1), vip(10), Ok(ANY), None));
         rows.push(row("host to external IP", "node2", Some(2), ext(12), Ok(&["pod21"]), None));
         rows.push(row("pod to node port", "pod12", Some(1), np(1, 30080), Ok(ANY), None));
-        rows.push(row("no endpoints", "pod12", Some(1), vip(15), Err("refused"), None));
-        rows.push(row(
-            "unknown port of a VIP",
-            "pod12",
-            Some(1),
-            vip(10).replace("80", "81"),
-            Err("refused"),
-            None,
-        ));
+        rows.push(row("no endpoints", "pod12", Some(1), vip(15), Err("refused"), None).refused_by_icmp());
+        rows.push(
+            row("unknown port of a VIP", "pod12", Some(1), vip(10).replace("80", "81"), Err("refused"), None)
+                .passed(),
+        );
         // Packets of pods.
         rows.push(row("veth: pod to service", "pod12", None, vip(10), Ok(ANY), Some(&pod(1, 2))));
         rows.push(row(
@@ -150,26 +206,21 @@ fn rows() -> Vec<Row> {
             Some(&pod(1, 2)),
         ));
         rows.push(row("veth: pod to itself", "pod11", None, vip(11), Ok(&["pod11"]), Some(&node(1))));
-        rows.push(row("veth: no endpoints", "pod12", None, vip(15), Err("refused"), None));
-        rows.push(row(
-            "veth: unknown port",
-            "pod12",
-            None,
-            vip(10).replace("80", "81"),
-            Err("refused"),
-            None,
-        ));
-        rows.push(row("veth: node port", "pod12", None, np(1, 30082), Ok(&["pod21"]), Some(&pod(1, 2))));
+        rows.push(row("veth: no endpoints", "pod12", None, vip(15), Err("refused"), None).refused_by_icmp());
+        rows.push(
+            row("veth: unknown port", "pod12", None, vip(10).replace("80", "81"), Err("refused"), None)
+                .passed(),
+        );
+        rows.push(
+            row("veth: node port", "pod12", None, np(1, 30082), Ok(&["pod21"]), Some(&pod(1, 2)))
+                .masqueraded(&node(1)),
+        );
         // From outside.
         rows.push(row("outside to external IP", "client", None, ext(10), Ok(ANY), None));
-        rows.push(row(
-            "local backend sees the client",
-            "client",
-            None,
-            ext(11),
-            Ok(&["pod11"]),
-            Some(client),
-        ));
+        rows.push(
+            row("local backend sees the client", "client", None, ext(11), Ok(&["pod11"]), Some(client))
+                .masqueraded(&node(1)),
+        );
         rows.push(row(
             "remote backend sees the node",
             "client",
@@ -178,18 +229,30 @@ fn rows() -> Vec<Row> {
             Ok(&["pod21"]),
             Some(&node(1)),
         ));
-        rows.push(row("node port, local", "client", None, np(1, 30081), Ok(&["pod11"]), Some(client)));
+        rows.push(
+            row("node port, local", "client", None, np(1, 30081), Ok(&["pod11"]), Some(client))
+                .masqueraded(&node(1)),
+        );
         rows.push(row("node port, remote", "client", None, np(2, 30081), Ok(&["pod11"]), Some(&node(2))));
-        rows.push(row("node port 2, local", "client", None, np(2, 30082), Ok(&["pod21"]), Some(client)));
-        rows.push(row("node port without endpoints", "client", None, np(1, 30085), Err("refused"), None));
-        rows.push(row(
-            "unknown port of a VIP, outside",
-            "client",
-            None,
-            ext(11).replace("80", "81"),
-            Err("refused"),
-            None,
-        ));
+        rows.push(
+            row("node port 2, local", "client", None, np(2, 30082), Ok(&["pod21"]), Some(client))
+                .masqueraded(&node(2)),
+        );
+        rows.push(
+            row("node port without endpoints", "client", None, np(1, 30085), Err("refused"), None)
+                .refused_by_icmp(),
+        );
+        rows.push(
+            row(
+                "unknown port of a VIP, outside",
+                "client",
+                None,
+                ext(11).replace("80", "81"),
+                Err("refused"),
+                None,
+            )
+            .passed(),
+        );
         rows.push(row(
             "eTP Local keeps the client",
             "client",
@@ -212,11 +275,17 @@ fn rows() -> Vec<Row> {
     let node1 = format!("{}:80", node_ip(1));
     rows.push(row("node's own address as external IP", "client", None, &*node1, Ok(ANY), None));
     rows.push(row("the same, from the other node", "node2", Some(2), &*node1, Ok(ANY), None));
-    rows.push(row("the same, from a pod", "pod12", None, &*node1, Ok(ANY), Some(&pod_ip(1, 2))));
+    rows.push(
+        row("the same, from a pod", "pod12", None, &*node1, Ok(ANY), Some(&pod_ip(1, 2)))
+            .masqueraded(&node_ip(1)),
+    );
     rows.push(row("localhost node port, host", "node1", Some(1), "127.0.0.1:30080", Ok(ANY), None));
     rows.push(row("localhost node port, pod", "pod12", Some(1), "127.0.0.1:30080", Err("refused"), None));
     rows.push(row("iTP Local", "pod12", Some(1), "10.96.0.14:80", Ok(&["pod11"]), None));
-    rows.push(row("iTP Local without endpoint here", "pod22", Some(2), "10.96.0.14:80", Err("denied"), None));
+    rows.push(
+        row("iTP Local without endpoint here", "pod22", Some(2), "10.96.0.14:80", Err("denied"), None)
+            .dropped(),
+    );
     rows.push(row(
         "veth: iTP Local without endpoint here",
         "pod22",
@@ -234,7 +303,9 @@ fn rows() -> Vec<Row> {
 
 /// Asks one row's question by one kind of socket and says what is wrong with the answer.
 fn check(cluster: &Cluster, row: &Row, how: &[&str]) -> Option<String> {
-    let args = [&how[..1], &[&*row.target, "--timeout-ms", "1000"], &how[1..]].concat();
+    let late = row.expect == Err(REFUSED_LATE);
+    let timeout = if late { "2500" } else { "1000" };
+    let args = [&how[..1], &[&*row.target, "--timeout-ms", timeout], &how[1..]].concat();
     let answer = match cluster.ask(row.from, row.served, &args) {
         Ok(answers) => answers.into_iter().next().unwrap_or_default(),
         Err(error) => Answer { error: Some(format!("{error:#}")), ..Answer::default() },
@@ -247,10 +318,13 @@ fn check(cluster: &Cluster, row: &Row, how: &[&str]) -> Option<String> {
         }
         // The kernel tells an unconnected UDP socket of no ICMP error (udp(7)): only a socket hook can.
         Err("refused") if how == ["udp"] => matches!(answer.error.as_deref(), Some("refused" | "timeout")),
+        Err(REFUSED_LATE) if how == ["udp"] => matches!(answer.error.as_deref(), Some("refused" | "timeout")),
+        Err(REFUSED_LATE) => answer.error.as_deref() == Some("refused"),
+        Err(UNSERVED) => answer.error.is_some(),
         Err(error) => answer.error.as_deref() == Some(*error),
     };
     // A refusal is at once: it doesn't wait for a retransmission.
-    let prompt = answer.error.as_deref() != Some("refused") || answer.ms < 900;
+    let prompt = late || answer.error.as_deref() != Some("refused") || answer.ms < 900;
     (!right || !prompt).then(|| {
         format!(
             "{}: {how:?} {} -> {}: wanted {:?} client {:?}, got {answer:?}",
@@ -260,8 +334,12 @@ fn check(cluster: &Cluster, row: &Row, how: &[&str]) -> Option<String> {
 }
 
 fn check_all(cluster: &Cluster) {
+    check_rows(cluster, rows());
+}
+
+fn check_rows(cluster: &Cluster, rows: Vec<Row>) {
     let mut failures = Vec::new();
-    for row in rows() {
+    for row in rows {
         failures.extend(check(cluster, &row, &["tcp"]));
         if !row.target.starts_with("198.51.100.16") && !row.target.starts_with("198.51.100.17") {
             failures.extend(check(cluster, &row, &["udp"]));
@@ -273,7 +351,7 @@ fn check_all(cluster: &Cluster) {
         failures.is_empty(),
         "{} rows fail:\n{failures:#?}\n{}",
         failures.len(),
-        cluster.agent(1, &["status"]).unwrap()
+        cluster.agent(1, &["status"]).unwrap_or_else(|error| error.to_string())
     );
 }
 
@@ -563,4 +641,84 @@ fn maps_are_readable_with_bpftool() {
             assert!(dump.contains(&format!("\"{field}\":")), "{map} has no {field}:\n{dump:.2000}");
         }
     }
+}
+
+const IPTABLES: [&str; 4] = ["--mode", "iptables", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
+
+#[test]
+fn every_path_with_iptables() {
+    let cluster = cluster(Cni::Routed, &IPTABLES);
+    for node in ["node1", "node2"] {
+        // The kernel sends one peer a few ICMP errors a second only: fewer than the rows that are to be refused.
+        cluster.lab.sysctl(node, "net.ipv4.icmp_ratelimit", "0").unwrap();
+        cluster.lab.sysctl(node, "net.ipv6.icmp.ratelimit", "0").unwrap();
+    }
+    check_rows(&cluster, rows().into_iter().map(Row::with_rules).collect());
+}
+
+/// Rules that a machine's table nat holds, and the text they were counted in.
+fn saved(cluster: &Cluster, program: &str) -> (usize, String) {
+    let text = lb_test::netns::output(&mut cluster.lab.command("node1", program)).unwrap();
+    let nat = text.split("*nat\n").nth(1).unwrap_or_default().split("COMMIT").next().unwrap_or_default();
+    (nat.lines().filter(|line| line.starts_with("-A ")).count(), text)
+}
+
+#[test]
+fn iptables_rules_come_back_and_go() {
+    let mut cluster = cluster(Cni::Routed, &IPTABLES);
+    let iptables = |cluster: &Cluster, words: &str| {
+        lb_test::netns::run(cluster.lab.command("node1", "iptables").args(words.split(' '))).unwrap();
+    };
+    let (before, _) = saved(&cluster, "iptables-save");
+    // Somebody flushes the rules, and the agent starts again: all is back, and what another service left is gone.
+    iptables(&cluster, "-t nat -F");
+    iptables(&cluster, "-t nat -N KUBE-SVC-LEFTOVER");
+    iptables(&cluster, "-t nat -A POSTROUTING -s 203.0.113.1 -j ACCEPT");
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    cluster.start_agent(1).unwrap();
+    let (again, text) = saved(&cluster, "iptables-save");
+    assert_eq!(again, before + 1, "ours and the stranger's: {text}");
+    assert!(!text.contains("LEFTOVER"), "{text}");
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    cluster.start_agent(1).unwrap();
+    assert_eq!(saved(&cluster, "iptables-save").0, again, "a start doesn't double the ways to our chains");
+    // A change of one service is followed, in both families.
+    let more = "kind: Service\nmetadata: {name: late}\nspec: {clusterIPs: [10.96.0.99, 'fd00:10:96::99'], selector: {app: web}, ports: [{port: 80, targetPort: http}]}\n";
+    cluster.apply("more.yaml", more).unwrap();
+    for target in ["10.96.0.99:80", "[fd00:10:96::99]:80"] {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while cluster.tcp("pod12", None, target).unwrap().id.is_none() {
+            assert!(std::time::Instant::now() < deadline, "{target} isn't served");
+        }
+    }
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    let said = cluster.agent(1, &["cleanup", "--dry-run"]).unwrap();
+    assert!(said.contains("-X KUBE-SERVICES") && said.contains("-D POSTROUTING"), "{said}");
+    assert_eq!(
+        saved(&cluster, "iptables-save").0,
+        again + 8,
+        "a dry run touches nothing, and the new service is there"
+    );
+    cluster.agent(1, &["cleanup"]).unwrap();
+    for (program, left) in [("iptables-save", 1), ("ip6tables-save", 0)] {
+        let (rules, text) = saved(&cluster, program);
+        assert!(!text.contains("KUBE-") && !text.contains("LB-AGENT"), "{text}");
+        assert_eq!(rules, left, "{text}");
+    }
+}
+
+#[test]
+fn kube_proxys_rules_go_only_when_asked() {
+    let cluster = Cluster::new(Cni::Routed, 1).expect("a cluster of namespaces");
+    // Rules as kube-proxy leaves them: there is no mark that they are the agent's. The kubelet's stay.
+    let rules = "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-POSTROUTING - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\n-A PREROUTING -j KUBE-SERVICES\n-A POSTROUTING -j KUBE-POSTROUTING\nCOMMIT\n";
+    let file = cluster.lab.dir().join("rules");
+    std::fs::write(&file, rules).unwrap();
+    lb_test::netns::run(cluster.lab.command("node1", "iptables-restore").arg("--noflush").arg(&file))
+        .unwrap();
+    cluster.agent(1, &["cleanup"]).unwrap();
+    assert_eq!(saved(&cluster, "iptables-save").0, 2);
+    cluster.agent(1, &["cleanup", "--kube-proxy"]).unwrap();
+    let (left, text) = saved(&cluster, "iptables-save");
+    assert!(left == 1 && text.contains("KUBE-POSTROUTING") && !text.contains("KUBE-SERVICES"), "{text}");
 }
