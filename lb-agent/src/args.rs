@@ -95,6 +95,8 @@ pub enum Command {
 pub enum Mode {
     /// BPF programs.
     Ebpf,
+    /// kube-proxy's nftables tables.
+    Nftables,
     /// kube-proxy's iptables rules.
     Iptables,
 }
@@ -105,7 +107,7 @@ pub struct CleanupArgs {
     /// Say what would be removed, and remove nothing.
     #[arg(long)]
     pub dry_run: bool,
-    /// Remove kube-proxy's iptables rules too. End kube-proxy first: it would write them again.
+    /// Remove kube-proxy's own rules too. End kube-proxy first: it would write them again.
     #[arg(long)]
     pub kube_proxy: bool,
 }

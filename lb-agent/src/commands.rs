@@ -9,7 +9,7 @@ use crate::{
     args::{Args, CleanupArgs, Command, ListCommand, LogFormat, Output},
     datapath::{
         ebpf::{attach, inspect, maps::Pins},
-        iptables,
+        iptables, nftables,
     },
     print, render, run,
 };
@@ -57,6 +57,7 @@ pub fn main(args: Args) -> Result<()> {
 
 fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
     let removals = iptables::removals(options.kube_proxy)?;
+    let tables = nftables::removals(options.kube_proxy);
     if options.dry_run {
         if pins.dir().is_dir() {
             println!("programs, links and maps pinned under {}", pins.dir().display());
@@ -64,7 +65,13 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
         for (programs, removal) in &removals {
             println!("{}-restore --noflush:\n{removal}", programs.name());
         }
+        for family in &tables {
+            println!("nft -f -:\n{}", nftables::removal(*family));
+        }
         return Ok(());
+    }
+    for family in tables {
+        nftables::remove(family)?;
     }
     for (programs, removal) in &removals {
         programs.restore(&removal.to_string())?;

@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 use lb_core::{
     compile::{Compiler, NodeView},
     model::Family,
-    rules::incremental::Rules,
+    rules::{incremental, nftables},
 };
 use tracing::warn;
 
@@ -19,7 +19,7 @@ pub fn render(options: &RenderArgs) -> Result<()> {
     Ok(())
 }
 
-/// For iptables: the input of `iptables-restore --noflush` and `ip6tables-restore --noflush`; for ebpf: the table that
+/// For nftables: the input of `nft -f`; for iptables: the input of `iptables-restore --noflush` and `ip6tables-restore --noflush`; for ebpf: the table that
 /// the maps are filled from.
 pub fn text(options: &RenderArgs) -> Result<String> {
     let (events, file_warnings) = Manifests::new(options.manifests.clone()).scan()?;
@@ -44,10 +44,14 @@ pub fn text(options: &RenderArgs) -> Result<String> {
         warn!(object = %warning.object, field = %warning.field, problem = %warning.problem, "look at this");
     }
     let table = compiler.table();
+    let rules = options.policy.rules();
     Ok(match options.mode {
         Mode::Ebpf => table.to_string(),
         Mode::Iptables => [Family::V4, Family::V6]
-            .map(|family| format!("# {family}\n{}", Rules::all(table, family, &options.policy.rules())))
+            .map(|family| format!("# {family}\n{}", incremental::Rules::all(table, family, &rules)))
+            .concat(),
+        Mode::Nftables => [Family::V4, Family::V6]
+            .map(|family| nftables::Rules::all(table, family, &rules).to_string())
             .concat(),
     })
 }

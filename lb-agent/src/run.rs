@@ -34,6 +34,7 @@ use crate::{
             objects,
         },
         iptables::IptablesDatapath,
+        nftables::NftablesDatapath,
     },
     netlink::{self, HostNetwork, Netlink},
     serve::{self, Health},
@@ -62,7 +63,7 @@ pub async fn run(config: Config) -> Result<()> {
     let network = netlink.read().await?;
     let mut host = match config.mode {
         Mode::Ebpf => Some(Host::start(&config, &pins)?),
-        Mode::Iptables => None,
+        Mode::Nftables | Mode::Iptables => None,
     };
     let follow = |host: &mut Option<Host>, network: &HostNetwork| {
         host.as_mut().map_or(Ok(()), |host| host.follow(network))
@@ -73,6 +74,7 @@ pub async fn run(config: Config) -> Result<()> {
     let (inputs, thread_inputs) = std_mpsc::channel();
     let datapath: Box<dyn Datapath> = match config.mode {
         Mode::Ebpf => Box::new(EbpfDatapath::open(&pins)?),
+        Mode::Nftables => Box::new(NftablesDatapath::open(&config.rules)?),
         Mode::Iptables => Box::new(IptablesDatapath::open(config.rules.clone())?),
     };
     warn_of_forwarding();

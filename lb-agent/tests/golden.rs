@@ -10,7 +10,7 @@ use clap::Parser;
 use expect_test::expect_file;
 use lb_agent::{
     args::{Args, Command},
-    render,
+    render::text,
     source::manifests::Manifests,
 };
 use lb_core::compile::{CompileConfig, Compiler, NodeView};
@@ -48,14 +48,17 @@ fn table(case: &str) -> String {
     text.replace(&format!("{}/", dir.display()), "")
 }
 
-/// What `lb-agent render --mode iptables` prints.
 fn iptables(case: &str, options: &[&str]) -> String {
-    let dir = folder(case, &format!("iptables{}", options.concat()));
+    render("iptables", case, options)
+}
+
+/// What `lb-agent render` prints.
+fn render(mode: &str, case: &str, options: &[&str]) -> String {
+    let dir = folder(case, &format!("{mode}{}", options.concat()));
     let manifests = dir.display().to_string();
-    let typed =
-        ["lb-agent", "render", "--mode", "iptables", "--node-name", "node1", "--manifests", &manifests];
+    let typed = ["lb-agent", "render", "--mode", mode, "--node-name", "node1", "--manifests", &manifests];
     match Args::parse_from(typed.iter().chain(options)).command {
-        Command::Render(options) => render::text(&options).unwrap(),
+        Command::Render(options) => text(&options).unwrap(),
         other => panic!("{other:?}"),
     }
 }
@@ -78,6 +81,20 @@ fn iptables_of_every_shape() {
 fn iptables_of_the_story_as_kube_proxy_1_20_wrote_them() {
     expect_file!["golden/story/iptables-1.20.txt"]
         .assert_eq(&iptables("story", &["--legacy-external-ip", "1.20"]));
+}
+
+/// The tables that kube-proxy's own test expects (`pkg/proxy/nftables/proxier_test.go` TestOverallNFTablesRules) for
+/// the cluster of its iptables test: names, chains and elements are its own, but for affinity's timeout.
+#[test]
+fn nftables_of_kube_proxys_own_test() {
+    let rules = render("nftables", "kube-proxy", &["--cluster-cidr", "10.0.0.0/8"]);
+    expect_file!["golden/kube-proxy/nftables.txt"].assert_eq(&rules);
+}
+
+#[test]
+fn nftables_of_every_shape() {
+    let rules = render("nftables", "shapes", &["--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"]);
+    expect_file!["golden/shapes/nftables.txt"].assert_eq(&rules);
 }
 
 #[test]

@@ -51,7 +51,7 @@ fn cluster(cni: Cni, options: &[&str]) -> Cluster {
     cluster.apply("services.yaml", &manifests()).unwrap();
     cluster.start_agent(1).expect("an agent");
     cluster.start_agent(2).expect("an agent");
-    if !options.contains(&"iptables") {
+    if !options.contains(&"--mode") {
         cluster.wait_for(1, "10.96.0.10:80/TCP", 2).unwrap();
         cluster.wait_for(2, "10.96.0.10:80/TCP", 2).unwrap();
     }
@@ -71,6 +71,8 @@ struct Row {
     client: Option<String>,
     /// What kube-proxy's rules make of it where that differs on purpose.
     netfilter: Option<Difference>,
+    /// What its nftables do that its iptables rules don't.
+    nftables: Option<Difference>,
 }
 
 /// A deliberate difference between datapaths.
@@ -105,9 +107,16 @@ impl Row {
         self
     }
 
+    /// kube-proxy's nftables serve no NodePorts on loopback.
+    fn not_on_loopback(mut self) -> Self {
+        self.nftables = Some(Difference { expect: Err("refused"), client: None });
+        self
+    }
+
     /// The row as kube-proxy's rules serve it.
-    fn with_rules(mut self) -> Self {
-        if let Some(difference) = self.netfilter.take() {
+    fn with_rules(mut self, nftables: bool) -> Self {
+        let special = self.nftables.take().filter(|_| nftables);
+        if let Some(difference) = special.or(self.netfilter.take()) {
             self.expect = difference.expect;
             self.client = difference.client;
         }
@@ -139,6 +148,7 @@ fn row(
         expect,
         client: client.map(str::to_owned),
         netfilter: None,
+        nftables: None,
     }
 }
 
@@ -279,7 +289,10 @@ fn rows() -> Vec<Row> {
         row("the same, from a pod", "pod12", None, &*node1, Ok(ANY), Some(&pod_ip(1, 2)))
             .masqueraded(&node_ip(1)),
     );
-    rows.push(row("localhost node port, host", "node1", Some(1), "127.0.0.1:30080", Ok(ANY), None));
+    rows.push(
+        row("localhost node port, host", "node1", Some(1), "127.0.0.1:30080", Ok(ANY), None)
+            .not_on_loopback(),
+    );
     rows.push(row("localhost node port, pod", "pod12", Some(1), "127.0.0.1:30080", Err("refused"), None));
     rows.push(row("iTP Local", "pod12", Some(1), "10.96.0.14:80", Ok(&["pod11"]), None));
     rows.push(
@@ -643,17 +656,26 @@ fn maps_are_readable_with_bpftool() {
     }
 }
 
+const NFTABLES: [&str; 4] = ["--mode", "nftables", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
 const IPTABLES: [&str; 4] = ["--mode", "iptables", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
 
 #[test]
 fn every_path_with_iptables() {
-    let cluster = cluster(Cni::Routed, &IPTABLES);
+    check_all_with_rules(&cluster(Cni::Routed, &IPTABLES), false);
+}
+
+#[test]
+fn every_path_with_nftables() {
+    check_all_with_rules(&cluster(Cni::Routed, &NFTABLES), true);
+}
+
+fn check_all_with_rules(cluster: &Cluster, nftables: bool) {
     for node in ["node1", "node2"] {
         // The kernel sends one peer a few ICMP errors a second only: fewer than the rows that are to be refused.
         cluster.lab.sysctl(node, "net.ipv4.icmp_ratelimit", "0").unwrap();
         cluster.lab.sysctl(node, "net.ipv6.icmp.ratelimit", "0").unwrap();
     }
-    check_rows(&cluster, rows().into_iter().map(Row::with_rules).collect());
+    check_rows(cluster, rows().into_iter().map(|row| row.with_rules(nftables)).collect());
 }
 
 /// Rules that a machine's table nat holds, and the text they were counted in.

@@ -4,12 +4,13 @@
 //! together. Rules of different service ports exclude each other, so their order among themselves is free; within
 //! a chain of one service port it is kube-proxy's.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+use std::{collections::BTreeMap, net::SocketAddr, ops::Deref, sync::Arc};
 
 use ipnet::IpNet;
 
 use super::{
     Match, Net, Rule, Target,
+    facts::Facts,
     names::{self, of_endpoint},
 };
 use crate::{
@@ -116,14 +117,9 @@ struct Chains {
 
 /// One service port on its way into rules.
 struct Port<'a> {
-    id: &'a ServicePortId,
-    name: String,
-    entry: &'a ServiceEntry,
-    frontends: &'a [(FrontendAddr, &'a Frontend)],
+    facts: Facts<'a>,
     config: &'a Config,
     chains: Chains,
-    /// There are endpoints, if only ones that no policy may use here.
-    has_endpoints: bool,
     /// Without comments at endpoints.
     large: bool,
 }
@@ -142,9 +138,7 @@ pub fn of_service(
         external: names::of_service("KUBE-EXT-", id),
         firewall: names::of_service("KUBE-FW-", id),
     };
-    let has_endpoints =
-        frontends.iter().any(|(_, frontend)| frontend.external.none == crate::table::NoBackends::Drop);
-    let port = Port { id, name: id.to_string(), entry, frontends, config, chains, has_endpoints, large };
+    let port = Port { facts: Facts::new(id, entry, frontends), config, chains, large };
     let mut rules = ServiceRules::default();
     port.capture_cluster_ips(&mut rules);
     port.capture_external_ips(&mut rules);
@@ -163,48 +157,20 @@ pub fn of_service(
     rules
 }
 
+impl<'a> Deref for Port<'a> {
+    type Target = Facts<'a>;
+
+    fn deref(&self) -> &Facts<'a> {
+        &self.facts
+    }
+}
+
 impl Port<'_> {
-    fn of_kind(&self, kind: FrontendKind) -> impl Iterator<Item = (&FrontendAddr, &Frontend)> {
-        let of_kind = move |entry: &&(FrontendAddr, &Frontend)| entry.1.kind == kind;
-        self.frontends.iter().filter(of_kind).map(|(addr, frontend)| (addr, *frontend))
-    }
-
-    /// The policy of frontends that are dialled from outside; `None` if there are none.
-    fn external_list(&self) -> Option<BackendList> {
-        let mut outside =
-            self.frontends.iter().filter(|(_, frontend)| frontend.kind != FrontendKind::ClusterIp);
-        outside.next().map(|(_, frontend)| frontend.external.list)
-    }
-
-    fn backends(&self, list: BackendList) -> &[Backend] {
-        match list {
-            BackendList::Cluster => &self.entry.cluster,
-            BackendList::Local => &self.entry.local,
-        }
-    }
-
     fn policy_chain(&self, list: BackendList) -> &Arc<str> {
         match list {
             BackendList::Cluster => &self.chains.cluster,
             BackendList::Local => &self.chains.local,
         }
-    }
-
-    /// Whether packets from outside find an endpoint.
-    fn has_external_endpoints(&self) -> bool {
-        self.external_list().is_some_and(|list| !self.backends(list).is_empty())
-    }
-
-    fn has_load_balancer_ips(&self) -> bool {
-        self.of_kind(FrontendKind::LoadBalancer).next().is_some()
-    }
-
-    fn source_ranges(&self) -> &[IpNet] {
-        self.of_kind(FrontendKind::LoadBalancer).next().map_or(&[], |(_, frontend)| &frontend.source_ranges)
-    }
-
-    fn uses_firewall(&self) -> bool {
-        self.has_endpoints && self.has_load_balancer_ips() && !self.source_ranges().is_empty()
     }
 
     /// Comment, protocol, destination and port, in kube-proxy's order.

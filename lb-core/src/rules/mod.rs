@@ -2,9 +2,11 @@
 //!
 //! A [`Rule`] prints as the line kube-proxy would write for `iptables-restore`.
 
+mod facts;
 pub mod incremental;
 pub mod iptables;
 pub mod names;
+pub mod nftables;
 #[cfg(test)]
 mod tests;
 

@@ -81,3 +81,23 @@ fn hashed(prefix: &str, parts: &[&str]) -> Arc<str> {
     let encoded = BASE32.encode(&sha.finalize());
     format!("{prefix}{}", &encoded[..16]).into()
 }
+
+/// A service port's name in chains of nftables: eight characters of base32(sha256(name)), then the name
+/// (kube-proxy 1.36 `pkg/proxy/nftables/proxier.go` `servicePortChainNameBase`).
+pub fn nft_service(id: &ServicePortId) -> String {
+    nft_hashed(nft_port(id))
+}
+
+/// An endpoint's name in chains of nftables, which know no colons (`servicePortEndpointChainNameBase`).
+pub fn nft_endpoint(id: &ServicePortId, addr: IpAddr, port: u16) -> String {
+    let addr = addr.to_string().replace(':', ".");
+    nft_hashed(format!("{}__{addr}/{port}", nft_port(id)))
+}
+
+fn nft_port(id: &ServicePortId) -> String {
+    format!("{}/{}/{}", id.service, protocol(id.protocol), id.port)
+}
+
+fn nft_hashed(name: String) -> String {
+    format!("{}-{name}", &BASE32.encode(&Sha256::digest(&name))[..8])
+}

@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ipnet::IpNet;
+
 use super::{
     incremental::{Rules, Transaction},
     iptables::Config,
-    names,
+    names, nftables,
 };
 use crate::{
     compile::{CompileConfig, Compiler, NodeView},
@@ -79,11 +81,10 @@ fn fresh(table: &ServiceTable) -> Loaded {
     loaded
 }
 
-#[test]
-fn rewriting_what_changed_ends_where_writing_everything_does() {
+/// Calls `check` with a table, and what changed since the last call, after each of many random changes.
+fn random_changes(mut check: impl FnMut(u32, &ServiceTable, &Changes)) {
     let view = NodeView { addresses: vec!["192.0.2.1".parse().unwrap()], ..NodeView::default() };
     let mut compiler = Compiler::new(CompileConfig::default(), view);
-    let (mut rules, mut loaded) = (Rules::new(Family::V4, Config::default()), Loaded::default());
     // A linear congruential generator (Numerical Recipes): the same events at every run.
     let mut seed = 1u32;
     let mut random = |below: u32| {
@@ -98,9 +99,11 @@ fn rewriting_what_changed_ends_where_writing_everything_does() {
             0 => compiler.apply(Event::ServiceGone(service.name)),
             1 => compiler.apply(Event::EndpointSliceGone(synthetic::slice(i, 1, 0).name)),
             2 | 3 => {
-                service.affinity_secs = (random(3) == 0).then_some(60);
+                service.affinity_secs = (random(3) == 0).then_some(60 + random(2));
                 service.ports[0].node_port = if random(2) == 0 { 30_000 + random(3) as u16 } else { 0 };
                 service.external_ips = (0..random(3)).map(|n| [198, 51, 100, n as u8].into()).collect();
+                service.load_balancer_ips = (0..random(2)).map(|_| [198, 51, 100, 9].into()).collect();
+                service.source_ranges = (0..random(3)).map(|n| ranges()[n as usize]).collect();
                 compiler.apply(Event::Service(service));
             }
             // Now and then across the bound from which endpoints have no comments.
@@ -112,14 +115,117 @@ fn rewriting_what_changed_ends_where_writing_everything_does() {
         }
         known.merge(compiler.compile());
         if random(3) > 0 {
-            let transaction = rules.update(compiler.table(), &std::mem::take(&mut known));
-            loaded.restore(&transaction.to_string());
-            assert_eq!(loaded, fresh(compiler.table()), "step {step}");
-            let names: BTreeSet<String> =
-                rules.chains().iter().map(|(table, chain)| format!("{}/{chain}", table.name())).collect();
-            assert_eq!(names, loaded.0.keys().cloned().collect());
+            check(step, compiler.table(), &std::mem::take(&mut known));
         }
     }
+}
+
+/// Two that overlap.
+fn ranges() -> [IpNet; 2] {
+    ["203.0.113.0/24", "203.0.113.64/26"].map(|range| range.parse().unwrap())
+}
+
+#[test]
+fn rewriting_what_changed_ends_where_writing_everything_does() {
+    let (mut rules, mut loaded) = (Rules::new(Family::V4, Config::default()), Loaded::default());
+    random_changes(|step, table, changes| {
+        loaded.restore(&rules.update(table, changes).to_string());
+        assert_eq!(loaded, fresh(table), "step {step}");
+        let names: BTreeSet<String> =
+            rules.chains().iter().map(|(table, chain)| format!("{}/{chain}", table.name())).collect();
+        assert_eq!(names, loaded.0.keys().cloned().collect());
+    });
+}
+
+/// A table of nftables.
+#[derive(Debug, Default, PartialEq)]
+struct NftLoaded {
+    chains: BTreeMap<String, Vec<String>>,
+    /// Sets and maps with their elements, by key without its comment.
+    sets: BTreeMap<String, BTreeMap<String, String>>,
+}
+
+impl NftLoaded {
+    /// What `nft -f` does with this text, as strictly as the kernel does.
+    fn load(&mut self, text: &str) {
+        for line in text.lines() {
+            let words: Vec<&str> = line.splitn(6, ' ').collect();
+            let (name, rest) =
+                (words.get(4).copied().unwrap_or_default(), words.get(5).copied().unwrap_or_default());
+            match (words[0], words[1]) {
+                ("add" | "delete", "table") => *self = Self::default(),
+                ("add", "chain") => drop(self.chains.entry(name.into()).or_default()),
+                ("add", "set" | "map") => drop(self.sets.entry(name.into()).or_default()),
+                ("flush", "chain") => self.chains.get_mut(name).unwrap_or_else(|| panic!("{line}")).clear(),
+                ("add", "rule") => {
+                    self.chains.get_mut(name).unwrap_or_else(|| panic!("{line}")).push(rest.into());
+                }
+                ("delete", "chain") => {
+                    assert!(!self.uses(&format!("goto {name}")), "{line}: in use");
+                    assert_eq!(self.chains.remove(name), Some(Vec::new()), "{line}");
+                }
+                ("delete", "set") => {
+                    assert!(!self.uses(&format!("@{name}")), "{line}: in use");
+                    assert!(self.sets.remove(name).is_some(), "{line}");
+                }
+                (verb, "element") => {
+                    let inside = rest.trim_start_matches("{ ").trim_end_matches(" }");
+                    let (key, verdict) = inside.split_once(" : ").unwrap_or((inside, ""));
+                    let key = key.split(" comment ").next().unwrap().to_owned();
+                    let set = self.sets.get_mut(name).unwrap_or_else(|| panic!("{line}"));
+                    match verb {
+                        "add" => assert_eq!(set.insert(key, verdict.into()), None, "{line}: there already"),
+                        _ => assert!(set.remove(&key).is_some(), "{line}: not there"),
+                    }
+                }
+                _ => panic!("{line}"),
+            }
+        }
+        let lines = self.chains.values().flatten().chain(self.sets.values().flat_map(BTreeMap::values));
+        for target in lines.flat_map(|line| line.split("goto ").skip(1)) {
+            let target = target.split(' ').next().unwrap();
+            assert!(self.chains.contains_key(target), "nothing at {target}");
+        }
+    }
+
+    fn uses(&self, what: &str) -> bool {
+        let lines = self.chains.values().flatten().chain(self.sets.values().flat_map(BTreeMap::values));
+        lines.into_iter().any(|line| {
+            line.split(" , ").any(|part| part.contains(&format!("{what} ")) || part.ends_with(what))
+        })
+    }
+}
+
+#[test]
+fn nftables_too_end_where_writing_everything_does() {
+    let config = Config { cluster_cidrs: vec!["10.0.0.0/8".parse().unwrap()], ..Config::default() };
+    let mut rules = nftables::Rules::new(Family::V4, config.clone());
+    let mut loaded = NftLoaded::default();
+    random_changes(|step, table, changes| {
+        loaded.load(&rules.update(table, changes).to_string());
+        if step % 2 == 0 {
+            loaded.load(&rules.sweep().to_string());
+            let mut fresh = NftLoaded::default();
+            fresh.load(&nftables::Rules::all(table, Family::V4, &config).to_string());
+            assert_eq!(loaded, fresh, "step {step}");
+        }
+    });
+}
+
+#[test]
+fn one_endpoint_more_costs_nftables_the_same_at_any_scale() {
+    let writes = |services| {
+        let mut compiler = Compiler::new(CompileConfig::default(), NodeView::default());
+        synthetic::cluster(services, 3).for_each(|event| compiler.apply(event));
+        let mut rules = nftables::Rules::new(Family::V4, Config::default());
+        let changes = compiler.compile();
+        rules.update(compiler.table(), &changes);
+        compiler.apply(Event::EndpointSlice(synthetic::slice(7, 3, 1)));
+        let changes = compiler.compile();
+        rules.update(compiler.table(), &changes).upserts()
+    };
+    // The service's choice, and two rules of the new endpoint.
+    assert_eq!((writes(20), writes(2_000)), (3, 3));
 }
 
 #[test]

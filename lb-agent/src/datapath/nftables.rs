@@ -1,0 +1,179 @@
+//! kube-proxy's nftables tables, loaded and kept.
+
+use std::{
+    io::Write,
+    process::{Command, Stdio},
+};
+
+use lb_core::{
+    model::Family,
+    rules::{
+        iptables::Config,
+        nftables::{OWNER, Rules, TABLE, Transaction},
+    },
+    table::{Changes, ServiceTable},
+};
+use tracing::warn;
+
+use super::{ApplyReport, Datapath, DatapathError};
+
+/// The tables of both families.
+pub struct NftablesDatapath {
+    families: Vec<FamilyTable>,
+}
+
+/// The table of one family.
+struct FamilyTable {
+    family: Family,
+    config: Config,
+    /// What we wrote; `None` until it is known: at start and after a failed load.
+    rules: Option<Rules>,
+    /// The kernel's handle of the table: another one means that somebody removed ours.
+    handle: Option<u64>,
+}
+
+impl NftablesDatapath {
+    /// Finds nft.
+    pub fn open(config: &Config) -> Result<Self, DatapathError> {
+        handle(Family::V4)?;
+        let family = |family| FamilyTable { family, config: config.clone(), rules: None, handle: None };
+        Ok(Self { families: [Family::V4, Family::V6].map(family).into() })
+    }
+}
+
+impl Datapath for NftablesDatapath {
+    fn name(&self) -> &'static str {
+        "nftables"
+    }
+
+    fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<ApplyReport, DatapathError> {
+        let mut report = ApplyReport::default();
+        for family in &mut self.families {
+            let transaction = family.apply(table, changes)?;
+            report.upserts += transaction.upserts();
+            report.deletes += transaction.deletes();
+        }
+        Ok(report)
+    }
+
+    fn is_intact(&mut self) -> bool {
+        // All are asked: one whose table is gone forgets what it wrote.
+        let intact: Vec<bool> = self.families.iter_mut().map(FamilyTable::is_intact).collect();
+        intact.into_iter().all(|intact| intact)
+    }
+}
+
+impl FamilyTable {
+    fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<Transaction, DatapathError> {
+        // Taken out, so that a failure leaves the state unknown and the next call loads everything.
+        let rules = self.rules.take();
+        let first = rules.is_none();
+        let mut rules = rules.unwrap_or_else(|| Rules::new(self.family, self.config.clone()));
+        let transaction =
+            if first { rules.update(table, &Changes::all(table)) } else { rules.update(table, changes) };
+        if !transaction.is_empty() {
+            load(&transaction.to_string())?;
+        }
+        if first {
+            self.handle = handle(self.family)?;
+        }
+        self.rules = Some(rules);
+        Ok(transaction)
+    }
+
+    fn is_intact(&mut self) -> bool {
+        let Some(rules) = &mut self.rules else { return true };
+        match handle(self.family) {
+            Ok(handle) if handle == self.handle => {
+                let swept = rules.sweep();
+                if !swept.is_empty()
+                    && let Err(error) = load(&swept.to_string())
+                {
+                    warn!(%error, "chains that are no longer used can't be removed; everything is loaded again");
+                    self.rules = None;
+                    return false;
+                }
+                true
+            }
+            Ok(_) => {
+                warn!(family = %self.family, table = TABLE, "somebody removed the table; it is loaded again");
+                self.rules = None;
+                false
+            }
+            // Nothing is known: what is loaded stays.
+            Err(error) => {
+                warn!(%error, "can't look after the table");
+                true
+            }
+        }
+    }
+}
+
+fn name(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    }
+}
+
+/// The kernel's handle of our table, if it is there. Lists tables only, whatever they hold.
+fn handle(family: Family) -> Result<Option<u64>, DatapathError> {
+    let text = nft(&["-j", "list", "tables", name(family)], "")?;
+    let listed: serde_json::Value = serde_json::from_str(&text).map_err(|source| failed(source.into()))?;
+    let tables = listed["nftables"].as_array().into_iter().flatten().map(|item| &item["table"]);
+    Ok(tables.filter(|table| table["name"] == TABLE).find_map(|table| table["handle"].as_u64()))
+}
+
+fn load(text: &str) -> Result<(), DatapathError> {
+    nft(&["-f", "-"], text).map(drop)
+}
+
+fn nft(args: &[&str], input: &str) -> Result<String, DatapathError> {
+    let child = Command::new("nft")
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut child = child.map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => {
+            failed("no nft in $PATH: install the package nftables, or run with another --mode".into())
+        }
+        _ => failed(error.into()),
+    })?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // nft reads all of its input before it prints; one that ends early says why on its error output.
+        let _ = stdin.write_all(input.as_bytes());
+    }
+    let output = child.wait_with_output().map_err(|error| failed(error.into()))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let first: Vec<&str> = said.lines().take(3).collect();
+    Err(failed(format!("{}: {}", output.status, first.join("; ")).into()))
+}
+
+fn failed(source: Box<dyn std::error::Error + Send + Sync>) -> DatapathError {
+    DatapathError::Kernel { operation: "run", object: "nft".into(), source }
+}
+
+/// Families whose table there is; without `all` only where our agent made it, not kube-proxy.
+pub fn removals(all: bool) -> Vec<Family> {
+    let ours = |family: &Family| {
+        let owned = ["list", "chain", name(*family), TABLE, OWNER];
+        // Without nft, or without nf_tables in the kernel, there is no table.
+        nft(&owned, "").is_ok() || (all && handle(*family).is_ok_and(|handle| handle.is_some()))
+    };
+    [Family::V4, Family::V6].into_iter().filter(ours).collect()
+}
+
+/// Removes a family's table.
+pub fn remove(family: Family) -> Result<(), DatapathError> {
+    load(&removal(family))
+}
+
+/// What [`remove`] hands to `nft -f`.
+pub fn removal(family: Family) -> String {
+    format!("delete table {} {TABLE}\n", name(family))
+}

@@ -1,0 +1,64 @@
+//! What rules of either kind ask of a service port (kube-proxy `syncProxyRules`, before it writes anything).
+
+use ipnet::IpNet;
+
+use crate::table::{
+    Backend, BackendList, Frontend, FrontendAddr, FrontendKind, NoBackends, ServiceEntry, ServicePortId,
+};
+
+/// One service port with its frontends.
+pub(super) struct Facts<'a> {
+    pub(super) id: &'a ServicePortId,
+    pub(super) name: String,
+    pub(super) entry: &'a ServiceEntry,
+    pub(super) frontends: &'a [(FrontendAddr, &'a Frontend)],
+    /// There are endpoints, if only ones that no policy may use here.
+    pub(super) has_endpoints: bool,
+}
+
+impl<'a> Facts<'a> {
+    pub(super) fn new(
+        id: &'a ServicePortId,
+        entry: &'a ServiceEntry,
+        frontends: &'a [(FrontendAddr, &'a Frontend)],
+    ) -> Self {
+        let has_endpoints = frontends.iter().any(|(_, frontend)| frontend.external.none == NoBackends::Drop);
+        Self { id, name: id.to_string(), entry, frontends, has_endpoints }
+    }
+
+    pub(super) fn of_kind(&self, kind: FrontendKind) -> impl Iterator<Item = (&FrontendAddr, &Frontend)> {
+        let of_kind = move |entry: &&(FrontendAddr, &Frontend)| entry.1.kind == kind;
+        self.frontends.iter().filter(of_kind).map(|(addr, frontend)| (addr, *frontend))
+    }
+
+    /// The policy of frontends that are dialled from outside; `None` if there are none.
+    pub(super) fn external_list(&self) -> Option<BackendList> {
+        let mut outside =
+            self.frontends.iter().filter(|(_, frontend)| frontend.kind != FrontendKind::ClusterIp);
+        outside.next().map(|(_, frontend)| frontend.external.list)
+    }
+
+    pub(super) fn backends(&self, list: BackendList) -> &[Backend] {
+        match list {
+            BackendList::Cluster => &self.entry.cluster,
+            BackendList::Local => &self.entry.local,
+        }
+    }
+
+    /// Whether packets from outside find an endpoint.
+    pub(super) fn has_external_endpoints(&self) -> bool {
+        self.external_list().is_some_and(|list| !self.backends(list).is_empty())
+    }
+
+    pub(super) fn has_load_balancer_ips(&self) -> bool {
+        self.of_kind(FrontendKind::LoadBalancer).next().is_some()
+    }
+
+    pub(super) fn source_ranges(&self) -> &[IpNet] {
+        self.of_kind(FrontendKind::LoadBalancer).next().map_or(&[], |(_, frontend)| &frontend.source_ranges)
+    }
+
+    pub(super) fn uses_firewall(&self) -> bool {
+        self.has_endpoints && self.has_load_balancer_ips() && !self.source_ranges().is_empty()
+    }
+}
