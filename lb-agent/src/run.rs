@@ -28,13 +28,13 @@ use crate::{
         CHECK_EVERY, Datapath,
         ebpf::{
             apply::EbpfDatapath,
-            attach::Attacher,
+            attach::{self, Attacher},
             load::Programs,
             maps::{NodeMaps, Pins, set_first},
             objects,
         },
-        iptables::IptablesDatapath,
-        nftables::NftablesDatapath,
+        iptables::{self, IptablesDatapath},
+        nftables::{self, NftablesDatapath},
     },
     netlink::{self, HostNetwork, Netlink},
     serve::{self, Health},
@@ -91,7 +91,7 @@ pub async fn run(config: Config) -> Result<()> {
 
     let (reports, mut reported) = mpsc::channel(QUEUE);
     let mut source = tokio::spawn(start_source(&config, reports));
-    serve::start(config.healthz, config.metrics, health, pins).await?;
+    serve::start(config.healthz, config.metrics, health, pins.clone()).await?;
     let mut stop = Stop::new()?;
     let mut addresses = network.addresses;
     let result = loop {
@@ -107,10 +107,15 @@ pub async fn run(config: Config) -> Result<()> {
                 }
                 Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; the last state holds"),
             },
-            () = programmed.notified() => if host.as_mut().is_some_and(|host| host.attacher.retire_others()) {
-                match netlink.read().await {
-                    Ok(network) => follow(&mut host, &network)?,
-                    Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; some hooks stay empty"),
+            () = programmed.notified() => {
+                if let Err(error) = retire_other_modes(config.mode, &pins) {
+                    warn!(error = %format!("{error:#}"), "what another mode left can't be removed; run lb-agent cleanup once this one is to stop");
+                }
+                if host.as_mut().is_some_and(|host| host.attacher.retire_others()) {
+                    match netlink.read().await {
+                        Ok(network) => follow(&mut host, &network)?,
+                        Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; some hooks stay empty"),
+                    }
                 }
             },
             ended = &mut source => break ended.context("the source panicked")?.and(Err(anyhow!("the source ended"))),
@@ -124,6 +129,27 @@ pub async fn run(config: Config) -> Result<()> {
     let _ = inputs.send(Input::Shutdown);
     worker.join().map_err(|_| anyhow!("the programming thread panicked"))?;
     result
+}
+
+/// Removes what our agent left in other modes, now that this one serves.
+fn retire_other_modes(mode: Mode, pins: &Pins) -> Result<()> {
+    if mode != Mode::Ebpf && pins.dir().is_dir() {
+        info!(pins = %pins.dir().display(), "the eBPF datapath is removed: this mode serves instead");
+        attach::remove_all(pins)?;
+    }
+    if mode != Mode::Iptables {
+        for (programs, removal) in iptables::removals(false)? {
+            info!(program = programs.name(), "our iptables rules are removed: this mode serves instead");
+            programs.restore(&removal.to_string())?;
+        }
+    }
+    if mode != Mode::Nftables {
+        for family in nftables::removals(false) {
+            info!(%family, "our nftables table is removed: this mode serves instead");
+            nftables::remove(family)?;
+        }
+    }
+    Ok(())
 }
 
 async fn start_source_kubernetes(kubernetes: Kubernetes, reports: mpsc::Sender<Report>) -> Result<()> {

@@ -1,0 +1,189 @@
+//! Rules of netfilter: they come, are kept, change hands and go, and nobody else's are touched.
+
+use std::time::{Duration, Instant};
+
+use lb_test::{
+    cluster::{Cluster, Cni, node_ip, pod_ip, pod_ip6},
+    netns,
+};
+
+const EBPF: [&str; 2] = ["--mode", "ebpf"];
+const NFTABLES: [&str; 4] = ["--mode", "nftables", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
+const IPTABLES: [&str; 4] = ["--mode", "iptables", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
+
+fn service(name: &str, ip: u8, more: &str) -> String {
+    format!(
+        "kind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIPs: [10.96.0.{ip}, 'fd00:10:96::{ip}'], selector: {{app: web}}, ports: [{{port: 80, targetPort: 8080}}]{more}}}\n---\n"
+    )
+}
+
+/// One service on a pod of each node, served by agents with these options.
+fn cluster(options: &[&str]) -> Cluster {
+    let mut cluster = Cluster::new(Cni::Routed, 2).expect("a cluster of namespaces");
+    let pod = |node: u8| {
+        format!(
+            "kind: Pod\nmetadata: {{name: pod{node}1, labels: {{app: web}}}}\nspec: {{nodeName: node{node}, containers: [{{name: c}}]}}\nstatus: {{podIPs: [{{ip: {}}}, {{ip: '{}'}}]}}\n---\n",
+            pod_ip(node, 1),
+            pod_ip6(node, 1)
+        )
+    };
+    for host in ["pod11", "pod21"] {
+        cluster.serve(host, 8080).expect("a server");
+    }
+    cluster.apply_nodes().unwrap();
+    let external = format!(", externalIPs: [{}]", node_ip(1));
+    cluster.apply("services.yaml", &[pod(1), pod(2), service("web", 10, &external)].concat()).unwrap();
+    start(&mut cluster, options);
+    cluster
+}
+
+/// Starts both nodes' agents.
+fn start(cluster: &mut Cluster, options: &[&str]) {
+    cluster.agent_options = options.iter().map(ToString::to_string).collect();
+    for node in [1, 2] {
+        cluster.start_agent(node).expect("an agent");
+    }
+}
+
+/// Adds a service while agents run, and waits until it is served in both families.
+fn add_service(cluster: &Cluster) {
+    cluster.apply("more.yaml", &service("late", 99, "")).unwrap();
+    for target in ["10.96.0.99:80", "[fd00:10:96::99]:80"] {
+        until(target, || cluster.tcp("pod12", None, target).unwrap().id.is_some());
+    }
+}
+
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !holds() {
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Rules that a machine's table nat holds, and the text they were counted in.
+fn saved(cluster: &Cluster, program: &str) -> (usize, String) {
+    let text = netns::output(&mut cluster.lab.command("node1", program)).unwrap();
+    let nat = text.split("*nat\n").nth(1).unwrap_or_default().split("COMMIT").next().unwrap_or_default();
+    (nat.lines().filter(|line| line.starts_with("-A ")).count(), text)
+}
+
+#[test]
+fn iptables_rules_come_back_and_go() {
+    let mut cluster = cluster(&IPTABLES);
+    let iptables = |cluster: &Cluster, words: &str| {
+        netns::run(cluster.lab.command("node1", "iptables").args(words.split(' '))).unwrap();
+    };
+    let (before, _) = saved(&cluster, "iptables-save");
+    // Somebody flushes the rules, and the agent starts again: all is back, and what another service left is gone.
+    iptables(&cluster, "-t nat -F");
+    iptables(&cluster, "-t nat -N KUBE-SVC-LEFTOVER");
+    iptables(&cluster, "-t nat -A POSTROUTING -s 203.0.113.1 -j ACCEPT");
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    cluster.start_agent(1).unwrap();
+    let (again, text) = saved(&cluster, "iptables-save");
+    assert_eq!(again, before + 1, "ours and the stranger's: {text}");
+    assert!(!text.contains("LEFTOVER"), "{text}");
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    cluster.start_agent(1).unwrap();
+    assert_eq!(saved(&cluster, "iptables-save").0, again, "a start doesn't double the ways to our chains");
+    // A change of one service is followed, in both families.
+    add_service(&cluster);
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    let said = cluster.agent(1, &["cleanup", "--dry-run"]).unwrap();
+    assert!(said.contains("-X KUBE-SERVICES") && said.contains("-D POSTROUTING"), "{said}");
+    assert_eq!(
+        saved(&cluster, "iptables-save").0,
+        again + 8,
+        "a dry run touches nothing, and the new service is there"
+    );
+    cluster.agent(1, &["cleanup"]).unwrap();
+    for (program, left) in [("iptables-save", 1), ("ip6tables-save", 0)] {
+        let (rules, text) = saved(&cluster, program);
+        assert!(!text.contains("KUBE-") && !text.contains("LB-AGENT"), "{text}");
+        assert_eq!(rules, left, "{text}");
+    }
+}
+
+#[test]
+fn kube_proxys_rules_go_only_when_asked() {
+    let cluster = Cluster::new(Cni::Routed, 1).expect("a cluster of namespaces");
+    // Rules as kube-proxy leaves them: there is no mark that they are the agent's. The kubelet's stay.
+    let rules = "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-POSTROUTING - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\n-A PREROUTING -j KUBE-SERVICES\n-A POSTROUTING -j KUBE-POSTROUTING\nCOMMIT\n";
+    let file = cluster.lab.dir().join("rules");
+    std::fs::write(&file, rules).unwrap();
+    netns::run(cluster.lab.command("node1", "iptables-restore").arg("--noflush").arg(&file)).unwrap();
+    cluster.agent(1, &["cleanup"]).unwrap();
+    assert_eq!(saved(&cluster, "iptables-save").0, 2);
+    cluster.agent(1, &["cleanup", "--kube-proxy"]).unwrap();
+    let (left, text) = saved(&cluster, "iptables-save");
+    assert!(left == 1 && text.contains("KUBE-POSTROUTING") && !text.contains("KUBE-SERVICES"), "{text}");
+}
+
+fn tables(cluster: &Cluster) -> String {
+    netns::output(cluster.lab.command("node1", "nft").args(["list", "tables"])).unwrap()
+}
+
+#[test]
+fn nftables_come_back_and_go() {
+    let mut cluster = cluster(&NFTABLES);
+    let nft = |cluster: &Cluster, words: &str| {
+        netns::run(cluster.lab.command("node1", "nft").args(words.split(' '))).unwrap();
+    };
+    nft(&cluster, "add table ip stranger");
+    add_service(&cluster);
+    std::fs::remove_file(cluster.manifests().join("more.yaml")).unwrap();
+    until("the service is gone", || cluster.tcp("pod12", None, "10.96.0.99:80").unwrap().id.is_none());
+    add_service(&cluster);
+    // Somebody removes a table, and the agent starts again: all is back.
+    nft(&cluster, "delete table ip kube-proxy");
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    assert!(cluster.tcp("pod12", None, "10.96.0.99:80").unwrap().id.is_none());
+    cluster.start_agent(1).unwrap();
+    assert!(cluster.tcp("pod12", None, "10.96.0.99:80").unwrap().id.is_some());
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    let said = cluster.agent(1, &["cleanup", "--dry-run"]).unwrap();
+    assert!(said.contains("delete table ip6 kube-proxy"), "{said}");
+    assert!(tables(&cluster).contains("table ip6 kube-proxy"));
+    cluster.agent(1, &["cleanup"]).unwrap();
+    assert_eq!(tables(&cluster).trim(), "table ip stranger");
+    // A table that kube-proxy made goes only when asked.
+    nft(&cluster, "add table ip kube-proxy");
+    cluster.agent(1, &["cleanup"]).unwrap();
+    assert!(tables(&cluster).contains("table ip kube-proxy"));
+    cluster.agent(1, &["cleanup", "--kube-proxy"]).unwrap();
+    assert_eq!(tables(&cluster).trim(), "table ip stranger");
+}
+
+#[test]
+fn modes_replace_each_other() {
+    let mut cluster = cluster(&EBPF);
+    let left = |cluster: &Cluster| {
+        let pinned = cluster.lab.bpf_root("node1").join("v1").is_dir();
+        let rules = saved(cluster, "iptables-legacy-save").1 + &saved(cluster, "iptables-nft-save").1;
+        let tables = netns::output(cluster.lab.command("node1", "nft").args(["list", "tables"])).unwrap();
+        [pinned, rules.contains("KUBE-SERVICES"), tables.contains("kube-proxy")]
+    };
+    let served = |cluster: &Cluster| {
+        for (from, target) in [("client", format!("{}:80", node_ip(1))), ("pod12", "10.96.0.10:80".into())] {
+            let answer = cluster.tcp(from, None, &target).unwrap();
+            assert!(answer.id.is_some(), "{from} -> {target}: {answer:?}");
+        }
+    };
+    served(&cluster);
+    for (options, expected) in [
+        (&IPTABLES[..], [false, true, false]),
+        (&NFTABLES, [false, false, true]),
+        (&EBPF, [true, false, false]),
+        (&NFTABLES, [false, false, true]),
+        (&IPTABLES, [false, true, false]),
+        (&EBPF, [true, false, false]),
+    ] {
+        for node in [1, 2] {
+            cluster.stop_agent(node, libc::SIGTERM).unwrap();
+        }
+        start(&mut cluster, options);
+        until(&format!("{options:?}: only its own is left"), || left(&cluster) == expected);
+        served(&cluster);
+    }
+}
