@@ -52,6 +52,9 @@ enum Command {
         /// Machine-readable output.
         #[arg(long)]
         json: bool,
+        /// For the benchmark, as in `bench sync -- --services 1000 --modes ebpf,nftables`.
+        #[arg(last = true)]
+        args: Vec<String>,
     },
     /// The story of the README, live: a client, two nodes and pods as network namespaces.
     Demo {
@@ -97,7 +100,7 @@ fn main() -> Result<()> {
                 "lb-ebpf/verifier.toml",
             ])
         }
-        Command::Bench { what, json } => {
+        Command::Bench { what, json, args: more } => {
             setup::ensure()?;
             build_ebpf::run()?;
             let mut args =
@@ -105,6 +108,7 @@ fn main() -> Result<()> {
             if json {
                 args.push("--json");
             }
+            args.extend(more.iter().map(String::as_str));
             cargo::run(&args)
         }
         Command::Demo { keep, remove } => {

@@ -1,6 +1,7 @@
 //! kube-proxy's nftables tables, loaded and kept.
 
 use std::{
+    collections::BTreeMap,
     io::Write,
     process::{Command, Stdio},
 };
@@ -9,9 +10,9 @@ use lb_core::{
     model::Family,
     rules::{
         iptables::Config,
-        nftables::{OWNER, Rules, TABLE, Transaction},
+        nftables::{OWNER, Rules, TABLE},
     },
-    table::{Changes, ServiceTable},
+    table::{Changes, FrontendAddr, ServicePortId, ServiceTable},
 };
 use tracing::warn;
 
@@ -49,9 +50,9 @@ impl Datapath for NftablesDatapath {
     fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<ApplyReport, DatapathError> {
         let mut report = ApplyReport::default();
         for family in &mut self.families {
-            let transaction = family.apply(table, changes)?;
-            report.upserts += transaction.upserts();
-            report.deletes += transaction.deletes();
+            let (upserts, deletes) = family.apply(table, changes)?;
+            report.upserts += upserts;
+            report.deletes += deletes;
         }
         Ok(report)
     }
@@ -64,21 +65,35 @@ impl Datapath for NftablesDatapath {
 }
 
 impl FamilyTable {
-    fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<Transaction, DatapathError> {
+    /// Returns rules and elements written, and what was deleted.
+    fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<(usize, usize), DatapathError> {
         // Taken out, so that a failure leaves the state unknown and the next call loads everything.
-        let rules = self.rules.take();
-        let first = rules.is_none();
-        let mut rules = rules.unwrap_or_else(|| Rules::new(self.family, self.config.clone()));
-        let transaction =
-            if first { rules.update(table, &Changes::all(table)) } else { rules.update(table, changes) };
+        let Some(mut rules) = self.rules.take() else { return self.load_all(table) };
+        let transaction = rules.update(table, changes);
         if !transaction.is_empty() {
             load(&transaction.to_string())?;
         }
-        if first {
-            self.handle = handle(self.family)?;
-        }
         self.rules = Some(rules);
-        Ok(transaction)
+        Ok((transaction.upserts(), transaction.deletes()))
+    }
+
+    /// Loads everything: in place of a table that is there at once, so that there is no moment without rules; where
+    /// there is none in pieces, which is far faster: for each anonymous set the kernel walks all of a transaction
+    /// (`nft_set_lookup_byid`).
+    fn load_all(&mut self, table: &ServiceTable) -> Result<(usize, usize), DatapathError> {
+        let mut rules = Rules::new(self.family, self.config.clone());
+        let all = Changes::all(table);
+        let pieces = if handle(self.family)?.is_some() { vec![all] } else { pieces(table, all) };
+        let (mut upserts, mut deletes) = (0, 0);
+        for piece in pieces {
+            let transaction = rules.update(table, &piece);
+            load(&transaction.to_string())?;
+            upserts += transaction.upserts();
+            deletes += transaction.deletes();
+        }
+        self.handle = handle(self.family)?;
+        self.rules = Some(rules);
+        Ok((upserts, deletes))
     }
 
     fn is_intact(&mut self) -> bool {
@@ -107,6 +122,24 @@ impl FamilyTable {
             }
         }
     }
+}
+
+/// Service ports in one transaction of a first load.
+const PIECE: usize = 200;
+
+/// `all` of a table in pieces, each service port with its frontends. There is at least one piece.
+fn pieces(table: &ServiceTable, all: Changes) -> Vec<Changes> {
+    let mut frontends: BTreeMap<&ServicePortId, Vec<FrontendAddr>> = BTreeMap::new();
+    for (addr, frontend) in &table.frontends {
+        frontends.entry(&frontend.service).or_default().push(*addr);
+    }
+    let ids: Vec<ServicePortId> = all.services.into_iter().collect();
+    let piece = |ids: &[ServicePortId]| Changes {
+        frontends: ids.iter().filter_map(|id| frontends.get(id)).flatten().copied().collect(),
+        services: ids.iter().cloned().collect(),
+        ..Changes::default()
+    };
+    if ids.is_empty() { vec![Changes::default()] } else { ids.chunks(PIECE).map(piece).collect() }
 }
 
 fn name(family: Family) -> &'static str {

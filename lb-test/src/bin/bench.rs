@@ -7,16 +7,23 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use aya::{
     Ebpf,
     maps::{Array, ProgramArray},
     programs::{Program, ProgramFd, TestRun, TestRunOptions, Xdp},
 };
 use clap::{Parser, Subcommand};
-use lb_agent::datapath::ebpf::maps::Wire;
+use lb_agent::{
+    args::Mode,
+    datapath::{Datapath, ebpf::maps::Wire, iptables::IptablesDatapath, nftables::NftablesDatapath},
+};
 use lb_common::{abi::BenchConfig, outcome::Hook};
-use lb_core::{model::Event, synthetic};
+use lb_core::{
+    compile::{CompileConfig, Compiler, NodeView},
+    model::Event,
+    rules, synthetic,
+};
 use lb_test::{
     object::{CLIENT_MAC, NODE_MAC, Node, OTHER_MAC, Run, source_of},
     packet::{Frame, syn, tcp},
@@ -34,19 +41,26 @@ struct Args {
     json: bool,
 }
 
-#[derive(Subcommand, Clone, Copy)]
+#[derive(Subcommand)]
 enum What {
     /// lb_xdp, packet by packet.
     Packet,
-    /// 10 000 Services with 10 endpoints each.
-    Sync,
+    /// Services with 10 endpoints each, and one endpoint that changes.
+    Sync {
+        /// How many Services, one measurement each.
+        #[arg(long, value_delimiter = ',', default_values_t = [1_000, 10_000])]
+        services: Vec<u32>,
+        /// ebpf, nftables, iptables.
+        #[arg(long, value_delimiter = ',', default_values = ["ebpf", "nftables", "iptables"])]
+        modes: Vec<Mode>,
+    },
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
     let rows = match args.what {
         What::Packet => packet()?,
-        What::Sync => sync()?,
+        What::Sync { services, modes } => sync(&services, &modes)?,
     };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&json!({ "machine": machine(), "rows": rows }))?);
@@ -284,34 +298,79 @@ fn pin_to_cpu(cpu: usize) {
     }
 }
 
-/// Services and endpoints of each.
-const SCALE: (u32, u32) = (10_000, 10);
+/// Endpoints of each Service.
+const ENDPOINTS: u32 = 10;
+/// One-endpoint changes in a measurement: of maps, and of rules, of which one may take a second.
+const CHANGES: (u32, u32) = (50, 10);
 
-fn sync() -> Result<Vec<Value>> {
-    let mut node = Node::new()?;
-    let events: Vec<Event> = synthetic::cluster(SCALE.0, SCALE.1).collect();
+fn sync(scales: &[u32], modes: &[Mode]) -> Result<Vec<Value>> {
+    let mut rows = Vec::new();
+    for &services in scales {
+        for &mode in modes {
+            if mode == Mode::Ebpf {
+                let mut node = Node::new()?;
+                rows.extend(sync_of("ebpf", services, CHANGES.0, |events| Ok(node.apply(events)?.1))?);
+                continue;
+            }
+            // A thread with a network namespace of its own, which goes when the thread ends.
+            let measured = std::thread::spawn(move || sync_of_rules(mode, services)).join();
+            rows.extend(measured.map_err(|_| anyhow!("the benchmark of {mode:?} panicked"))??);
+        }
+    }
+    Ok(rows)
+}
+
+fn sync_of_rules(mode: Mode, services: u32) -> Result<Vec<Value>> {
+    // SAFETY: a plain system call; nothing else runs in this thread.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        return Err(std::io::Error::last_os_error()).context("make a network namespace");
+    }
+    let config =
+        rules::iptables::Config { localhost_node_ports: false, ..rules::iptables::Config::default() };
+    let mut datapath: Box<dyn Datapath> = match mode {
+        Mode::Nftables => Box::new(NftablesDatapath::open(&config)?),
+        _ => Box::new(IptablesDatapath::open(config)?),
+    };
+    let name = datapath.name();
+    let mut compiler = Compiler::new(CompileConfig::default(), NodeView::default());
+    sync_of(name, services, CHANGES.1, |events| {
+        events.into_iter().for_each(|event| compiler.apply(event));
+        let changes = compiler.compile();
+        let report = datapath.apply(compiler.table(), &changes)?;
+        Ok(report.upserts + report.deletes)
+    })
+}
+
+/// Programs a cluster, then changes one endpoint so many times. `apply` carries events out and counts writes.
+fn sync_of(
+    mode: &str,
+    services: u32,
+    changes: u32,
+    mut apply: impl FnMut(Vec<Event>) -> Result<usize>,
+) -> Result<Vec<Value>> {
+    let events: Vec<Event> = synthetic::cluster(services, ENDPOINTS).collect();
     let before = rss_mib();
     let started = Instant::now();
-    let (_, writes) = node.apply(events)?;
+    let writes = apply(events)?;
     let first = started.elapsed();
     let rss = rss_mib();
-    let mut changes = Vec::new();
+    let mut micros = Vec::new();
     let mut change_writes = 0;
-    for version in 1..=50 {
-        let slice = synthetic::slice(version * 37 % SCALE.0, SCALE.1, version % 3 + 1);
+    for version in 1..=changes {
+        let slice = synthetic::slice(version * 37 % services, ENDPOINTS, version % 3 + 1);
         let started = Instant::now();
-        (_, change_writes) = node.apply([Event::EndpointSlice(slice)])?;
-        changes.push(started.elapsed().as_micros() as u64);
+        change_writes = apply(vec![Event::EndpointSlice(slice)])?;
+        micros.push(started.elapsed().as_micros() as u64);
     }
-    changes.sort_unstable();
-    let scale = format!("{} services x {} endpoints", SCALE.0, SCALE.1);
+    micros.sort_unstable();
+    eprintln!("measured: {mode}, {services} services");
+    let scale = format!("{mode}, {services} services x {ENDPOINTS} endpoints");
     Ok(vec![
-        json!({ "case": format!("{scale}: all maps"), "ms": first.as_millis() as u64, "writes": writes }),
+        json!({ "case": format!("{scale}: all"), "ms": first.as_millis() as u64, "writes": writes, "rss_mib": rss, "before_mib": before }),
         json!({
-            "case": "one endpoint changes", "median_us": changes[changes.len() / 2],
-            "max_us": changes.last(), "writes": change_writes,
+            "case": format!("{scale}: one endpoint changes"), "median_us": micros[micros.len() / 2],
+            "max_us": micros.last(), "writes": change_writes,
         }),
-        json!({ "case": "resident memory", "mib": rss, "before_mib": before }),
     ])
 }
 
