@@ -82,7 +82,8 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
 fn check_pinned(pins: &Pins) -> Result<()> {
     if !pins.dir().is_dir() {
         bail!(
-            "nothing is pinned under {}: is the agent running on this node, with this --bpf-root?",
+            "nothing is pinned under {}: is the agent running on this node, in mode ebpf and with this --bpf-root? \
+             Other modes have no maps: see `nft list table ip kube-proxy` or iptables-save",
             pins.dir().display()
         );
     }

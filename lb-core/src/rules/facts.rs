@@ -1,10 +1,63 @@
 //! What rules of either kind ask of a service port (kube-proxy `syncProxyRules`, before it writes anything).
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use ipnet::IpNet;
 
-use crate::table::{
-    Backend, BackendList, Frontend, FrontendAddr, FrontendKind, NoBackends, ServiceEntry, ServicePortId,
+use crate::{
+    model::Family,
+    table::{
+        Backend, BackendList, Changes, Frontend, FrontendAddr, FrontendKind, NoBackends, ServiceEntry,
+        ServicePortId, ServiceTable,
+    },
 };
+
+/// Whose frontends are whose, in one family, as of the last [`Owners::learn`].
+#[derive(Debug, Default)]
+pub(super) struct Owners {
+    owners: BTreeMap<FrontendAddr, ServicePortId>,
+    frontends: BTreeMap<ServicePortId, BTreeSet<FrontendAddr>>,
+}
+
+impl Owners {
+    /// Follows the table, and says which service ports have to be written anew.
+    pub(super) fn learn(
+        &mut self,
+        table: &ServiceTable,
+        changes: &Changes,
+        family: Family,
+    ) -> BTreeSet<ServicePortId> {
+        let services = changes.services.iter().filter(|id| id.family == family);
+        let mut touched: BTreeSet<ServicePortId> = services.cloned().collect();
+        for addr in changes.frontends.iter().filter(|addr| Family::of(addr.addr) == family) {
+            if let Some(before) = self.owners.remove(addr) {
+                if let Some(frontends) = self.frontends.get_mut(&before) {
+                    frontends.remove(addr);
+                    if frontends.is_empty() {
+                        self.frontends.remove(&before);
+                    }
+                }
+                touched.insert(before);
+            }
+            if let Some(frontend) = table.frontends.get(addr) {
+                self.owners.insert(*addr, frontend.service.clone());
+                self.frontends.entry(frontend.service.clone()).or_default().insert(*addr);
+                touched.insert(frontend.service.clone());
+            }
+        }
+        touched
+    }
+
+    /// A service port's frontends.
+    pub(super) fn frontends<'a>(
+        &self,
+        table: &'a ServiceTable,
+        id: &ServicePortId,
+    ) -> Vec<(FrontendAddr, &'a Frontend)> {
+        let addrs = self.frontends.get(id).into_iter().flatten();
+        addrs.filter_map(|addr| table.frontends.get(addr).map(|frontend| (*addr, frontend))).collect()
+    }
+}
 
 /// One service port with its frontends.
 pub(super) struct Facts<'a> {

@@ -8,10 +8,13 @@ use std::{
     sync::Arc,
 };
 
-use super::iptables::{self, Chain, Config, LARGE_CLUSTER, Table};
+use super::{
+    facts::Owners,
+    iptables::{self, Chain, Config, LARGE_CLUSTER, Table},
+};
 use crate::{
     model::Family,
-    table::{Changes, FrontendAddr, ServicePortId, ServiceTable},
+    table::{Changes, ServicePortId, ServiceTable},
 };
 
 /// What has been written of one family.
@@ -20,8 +23,7 @@ pub struct Rules {
     family: Family,
     config: Config,
     ports: BTreeMap<ServicePortId, Written>,
-    owners: BTreeMap<FrontendAddr, ServicePortId>,
-    frontends: BTreeMap<ServicePortId, BTreeSet<FrontendAddr>>,
+    owners: Owners,
     /// Digests of chains that service ports share.
     shared: BTreeMap<Chain, u64>,
     endpoints: usize,
@@ -63,8 +65,7 @@ impl Rules {
             family,
             config,
             ports: BTreeMap::new(),
-            owners: BTreeMap::new(),
-            frontends: BTreeMap::new(),
+            owners: Owners::default(),
             shared: BTreeMap::new(),
             endpoints: 0,
             large: false,
@@ -84,8 +85,7 @@ impl Rules {
     /// the last call's.
     pub fn update(&mut self, table: &ServiceTable, changes: &Changes) -> Transaction {
         let mut transaction = Transaction::default();
-        let mut touched = self.take_frontends(table, changes);
-        touched.extend(changes.services.iter().filter(|id| id.family == self.family).cloned());
+        let mut touched = self.owners.learn(table, changes, self.family);
         for id in &touched {
             let before = self.ports.get(id).map_or(0, |written| written.endpoints);
             self.endpoints = self.endpoints - before + endpoints(table, id);
@@ -108,36 +108,9 @@ impl Rules {
         own.map(|name| (Table::Nat, name.clone())).chain(self.shared.keys().cloned()).collect()
     }
 
-    /// Learns whose frontends are whose now, and says which service ports that touches.
-    fn take_frontends(&mut self, table: &ServiceTable, changes: &Changes) -> BTreeSet<ServicePortId> {
-        let mut touched = BTreeSet::new();
-        for addr in changes.frontends.iter().filter(|addr| Family::of(addr.addr) == self.family) {
-            if let Some(before) = self.owners.remove(addr) {
-                if let Some(frontends) = self.frontends.get_mut(&before) {
-                    frontends.remove(addr);
-                    if frontends.is_empty() {
-                        self.frontends.remove(&before);
-                    }
-                }
-                touched.insert(before);
-            }
-            if let Some(frontend) = table.frontends.get(addr) {
-                self.owners.insert(*addr, frontend.service.clone());
-                self.frontends.entry(frontend.service.clone()).or_default().insert(*addr);
-                touched.insert(frontend.service.clone());
-            }
-        }
-        touched
-    }
-
     fn rewrite(&mut self, table: &ServiceTable, id: &ServicePortId, transaction: &mut Transaction) {
         let before = self.ports.remove(id).unwrap_or_default();
-        let addrs = self.frontends.get(id);
-        let frontends: Vec<_> = addrs
-            .into_iter()
-            .flatten()
-            .filter_map(|addr| table.frontends.get(addr).map(|frontend| (*addr, frontend)))
-            .collect();
+        let frontends = self.owners.frontends(table, id);
         let rules = match table.services.get(id) {
             Some(entry) if !frontends.is_empty() => {
                 iptables::of_service(id, entry, &frontends, &self.config, self.large)

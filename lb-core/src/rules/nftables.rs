@@ -13,10 +13,14 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{facts::Facts, iptables::Config, names};
+use super::{
+    facts::{Facts, Owners},
+    iptables::Config,
+    names,
+};
 use crate::{
     model::Family,
-    table::{Backend, BackendList, Changes, FrontendAddr, FrontendKind, ServicePortId, ServiceTable},
+    table::{Backend, BackendList, Changes, FrontendKind, ServicePortId, ServiceTable},
 };
 
 /// The table's name, kube-proxy's too: whoever writes it last owns it all.
@@ -53,8 +57,7 @@ pub struct Rules {
     family: Family,
     config: Config,
     ports: BTreeMap<ServicePortId, Written>,
-    owners: BTreeMap<FrontendAddr, ServicePortId>,
-    frontends: BTreeMap<ServicePortId, BTreeSet<FrontendAddr>>,
+    owners: Owners,
     /// How many service ports have an element.
     uses: BTreeMap<ElementKey, usize>,
     started: bool,
@@ -89,8 +92,7 @@ impl Rules {
             family,
             config,
             ports: BTreeMap::new(),
-            owners: BTreeMap::new(),
-            frontends: BTreeMap::new(),
+            owners: Owners::default(),
             uses: BTreeMap::new(),
             started: false,
             stale: BTreeSet::new(),
@@ -114,8 +116,7 @@ impl Rules {
         for (kind, name) in std::mem::take(&mut self.stale) {
             transaction.push(Phase::Stale, format!("delete {kind} {name}"));
         }
-        let mut touched = self.take_frontends(table, changes);
-        touched.extend(changes.services.iter().filter(|id| id.family == self.family).cloned());
+        let touched = self.owners.learn(table, changes, self.family);
         // Elements first leave, then arrive: two service ports may swap a frontend in one change.
         let mut arriving = Vec::new();
         for id in touched {
@@ -138,28 +139,6 @@ impl Rules {
             transaction.push(Phase::Stale, format!("delete {kind} {name}"));
         }
         transaction
-    }
-
-    /// Learns whose frontends are whose now, and says which service ports that touches.
-    fn take_frontends(&mut self, table: &ServiceTable, changes: &Changes) -> BTreeSet<ServicePortId> {
-        let mut touched = BTreeSet::new();
-        for addr in changes.frontends.iter().filter(|addr| Family::of(addr.addr) == self.family) {
-            if let Some(before) = self.owners.remove(addr) {
-                if let Some(frontends) = self.frontends.get_mut(&before) {
-                    frontends.remove(addr);
-                    if frontends.is_empty() {
-                        self.frontends.remove(&before);
-                    }
-                }
-                touched.insert(before);
-            }
-            if let Some(frontend) = table.frontends.get(addr) {
-                self.owners.insert(*addr, frontend.service.clone());
-                self.frontends.entry(frontend.service.clone()).or_default().insert(*addr);
-                touched.insert(frontend.service.clone());
-            }
-        }
-        touched
     }
 
     fn rewrite(
@@ -221,12 +200,7 @@ impl Rules {
     }
 
     fn rules_of(&self, table: &ServiceTable, id: &ServicePortId) -> PortRules {
-        let addrs = self.frontends.get(id);
-        let frontends: Vec<_> = addrs
-            .into_iter()
-            .flatten()
-            .filter_map(|addr| table.frontends.get(addr).map(|frontend| (*addr, frontend)))
-            .collect();
+        let frontends = self.owners.frontends(table, id);
         match table.services.get(id) {
             Some(entry) if !frontends.is_empty() => {
                 of_service(&Facts::new(id, entry, &frontends), &self.config)
