@@ -70,7 +70,7 @@ fn iptables_of_kube_proxys_own_test() {
     expect_file!["golden/kube-proxy/iptables.txt"].assert_eq(&rules);
 }
 
-/// Forty shapes of Services. The rules follow kube-proxy 1.36 `pkg/proxy/iptables/proxier.go` `syncProxyRules`.
+/// Forty-two shapes of Services. The rules follow kube-proxy 1.36 `pkg/proxy/iptables/proxier.go` `syncProxyRules`.
 #[test]
 fn iptables_of_every_shape() {
     expect_file!["golden/shapes/iptables.txt"]

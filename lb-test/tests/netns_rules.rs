@@ -1,6 +1,9 @@
 //! Rules of netfilter: they come, are kept, change hands and go, and nobody else's are touched.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use lb_test::{
     cluster::{Cluster, Cni, node_ip, pod_ip, pod_ip6},
@@ -61,6 +64,31 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// Whatever `render` prints, the programs take: the goldens are loaded as they stand.
+#[test]
+fn goldens_load() {
+    let mut lab = netns::Lab::new().unwrap();
+    lab.add_ns("host").unwrap();
+    let file = lab.dir().join("rules");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lb-agent/tests/golden");
+    for case in ["kube-proxy", "shapes"] {
+        let nft = golden.join(case).join("nftables.txt");
+        // The second time in place of the first.
+        for _ in 0..2 {
+            netns::run(lab.command("host", "nft").arg("-f").arg(&nft)).unwrap();
+        }
+        let both = std::fs::read_to_string(golden.join(case).join("iptables.txt")).unwrap();
+        let (v4, v6) = both.split_once("# IPv6\n").unwrap();
+        for variant in ["nft", "legacy"] {
+            for (program, rules) in [("iptables", v4), ("ip6tables", v6)] {
+                std::fs::write(&file, rules).unwrap();
+                let restore = format!("{program}-{variant}-restore");
+                netns::run(lab.command("host", &restore).arg("--noflush").arg(&file)).unwrap();
+            }
+        }
+    }
+}
+
 /// Rules that a machine's table nat holds, and the text they were counted in.
 fn saved(cluster: &Cluster, program: &str) -> (usize, String) {
     let text = netns::output(&mut cluster.lab.command("node1", program)).unwrap();
@@ -118,6 +146,25 @@ fn kube_proxys_rules_go_only_when_asked() {
     cluster.agent(1, &["cleanup", "--kube-proxy"]).unwrap();
     let (left, text) = saved(&cluster, "iptables-save");
     assert!(left == 1 && text.contains("KUBE-POSTROUTING") && !text.contains("KUBE-SERVICES"), "{text}");
+}
+
+#[test]
+fn what_somebody_flushes_comes_back() {
+    let mut cluster = cluster(&IPTABLES);
+    cluster.stop_agent(2, libc::SIGTERM).unwrap();
+    cluster.agent_options = NFTABLES.map(str::to_owned).into();
+    cluster.start_agent(2).unwrap();
+    let served = |from| cluster.tcp(from, None, "10.96.0.10:80").unwrap().id.is_some();
+    assert!(served("pod12") && served("pod22"));
+    // What has gone is noticed once in 30 s.
+    let patience = Instant::now() + Duration::from_secs(45);
+    for (node, program, words) in [("node1", "iptables", "-t nat -F"), ("node2", "nft", "flush ruleset")] {
+        netns::run(cluster.lab.command(node, program).args(words.split(' '))).unwrap();
+    }
+    assert!(!served("pod12") && !served("pod22"));
+    while !(served("pod12") && served("pod22")) {
+        assert!(Instant::now() < patience, "the rules are still gone");
+    }
 }
 
 fn tables(cluster: &Cluster) -> String {

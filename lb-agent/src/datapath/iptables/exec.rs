@@ -114,14 +114,14 @@ impl Programs {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Whether a chain is there; `None` if the program can't tell.
-    pub fn has_chain(&self, table: Table, chain: &str) -> Option<bool> {
+    /// The rules of a chain as text, empty if there is no such chain; `None` if the program can't tell.
+    pub fn list(&self, table: Table, chain: &str) -> Option<String> {
         let args = ["-w", "5", "-t", table.name(), "-S", chain];
         let output = Command::new(self.name()).args(args).output().ok()?;
         // iptables(8): 1 is "no chain by that name" here; other codes are about the command or its resources.
         match output.status.code() {
-            Some(0) => Some(true),
-            Some(1) => Some(false),
+            Some(0) => Some(String::from_utf8_lossy(&output.stdout).into_owned()),
+            Some(1) => Some(String::new()),
             _ => None,
         }
     }

@@ -136,9 +136,15 @@ impl FamilyRules {
         if self.rules.is_none() {
             return true;
         }
-        // Whoever flushes a table takes its canary with it (kube-proxy `pkg/util/iptables` Monitor).
-        let gone =
-            Table::ALL.iter().any(|table| self.programs.has_chain(*table, names::CANARY) == Some(false));
+        // Whoever removes a table's chains takes its canary with them (kube-proxy `pkg/util/iptables` Monitor); whoever
+        // empties them, our jumps.
+        let lacks = |table, chain, what: &str| {
+            self.programs.list(table, chain).is_some_and(|rules| !rules.contains(what))
+        };
+        let gone = Table::ALL.iter().any(|table| lacks(*table, names::CANARY, names::CANARY))
+            || iptables::jumps(self.family).into_iter().any(|(table, from, rule)| {
+                rule.target.is_some_and(|target| lacks(table, from, &target.to_string()))
+            });
         if gone {
             warn!(program = self.programs.name(), "somebody flushed the rules; all are loaded again");
             self.rules = None;
