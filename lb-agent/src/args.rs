@@ -138,8 +138,8 @@ pub struct PolicyArgs {
     /// Node addresses that answer NodePorts, as CIDRs separated by commas; all if not given.
     #[arg(long, value_delimiter = ',', value_name = "CIDR")]
     node_port_addresses: Vec<IpNet>,
-    /// Addresses of the cluster's pods, one CIDR a family, separated by commas: netfilter rules tell pods from others by
-    /// it. The ebpf mode knows pods by their devices.
+    /// Addresses of the cluster's pods, one CIDR a family, separated by commas: netfilter rules tell pods from others
+    /// by it. The ebpf mode knows pods by their devices.
     #[arg(long, value_delimiter = ',', value_name = "CIDR")]
     cluster_cidr: Vec<IpNet>,
     /// Whose rules for externalIPs the iptables mode writes: today's, or kube-proxy 1.20's, which leave an address
@@ -285,9 +285,9 @@ pub struct Config {
     pub cgroup_root: Result<PathBuf, String>,
     /// Devices.
     pub devices: DeviceChoice,
-    /// XDP.
+    /// How programs are attached.
     pub modes: Modes,
-    /// What carries packets.
+    /// What carries packets to backends.
     pub mode: Mode,
     /// Policy.
     pub compile: CompileConfig,
@@ -317,6 +317,9 @@ impl RunArgs {
         };
         if node_name.is_empty() {
             bail!("the node's name is empty: give --node-name");
+        }
+        if self.mode != Mode::Ebpf && self.trace_packets.is_some() {
+            bail!("--trace-packets follows packets through BPF programs: run it with --mode ebpf");
         }
         let names = |text: &str| {
             text.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
@@ -372,6 +375,15 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn packets_are_traced_in_bpf_programs_only() {
+        for (mode, works) in [("ebpf", true), ("nftables", false), ("iptables", false)] {
+            let typed = ["lb-agent", "run", "--node-name", "n", "--trace-packets", "any", "--mode", mode];
+            let Command::Run(options) = Args::parse_from(typed).command else { panic!("run was typed") };
+            assert_eq!(options.resolve(Path::new("/sys/fs/bpf/lb")).is_ok(), works, "{mode}");
+        }
     }
 
     #[test]
