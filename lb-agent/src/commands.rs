@@ -3,13 +3,14 @@
 use std::io::IsTerminal;
 
 use anyhow::{Context, Result, bail};
+use lb_core::rules;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
     args::{Args, CleanupArgs, Command, ListCommand, LogFormat, Output},
     datapath::{
         ebpf::{attach, inspect, maps::Pins},
-        iptables, nftables,
+        iptables, ipvs, nftables,
     },
     print, render, run,
 };
@@ -58,6 +59,7 @@ pub fn main(args: Args) -> Result<()> {
 fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
     let removals = iptables::removals(options.kube_proxy)?;
     let tables = nftables::removals(options.kube_proxy);
+    let servers = ipvs::removals(options.kube_proxy)?;
     if options.dry_run {
         if pins.dir().is_dir() {
             println!("programs, links and maps pinned under {}", pins.dir().display());
@@ -68,6 +70,12 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
         for family in &tables {
             println!("nft -f -:\n{}", nftables::removal(*family));
         }
+        for removal in &servers {
+            print!("{removal}");
+        }
+        if !servers.is_empty() {
+            print!("# ipset restore\n{}# ip\nlink del {}\n", ipvs::destroyed_sets()?, rules::ipvs::DEVICE);
+        }
         return Ok(());
     }
     for family in tables {
@@ -76,6 +84,7 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
     for (programs, removal) in &removals {
         programs.restore(&removal.to_string())?;
     }
+    ipvs::remove(&servers)?;
     Ok(attach::remove_all(pins)?)
 }
 

@@ -59,6 +59,13 @@ impl IptablesDatapath {
     }
 }
 
+impl IptablesDatapath {
+    /// The families that are served.
+    pub fn families(&self) -> impl Iterator<Item = Family> {
+        self.families.iter().map(|family| family.family)
+    }
+}
+
 fn sysctl_is_on(name: &str) -> bool {
     fs::read_to_string(Path::new("/proc/sys").join(name)).is_ok_and(|value| value.trim() == "1")
 }
@@ -116,10 +123,18 @@ impl FamilyRules {
         let mut rules = Rules::new(self.family, self.config.clone());
         let mut transaction = rules.update(table, &Changes::all(table));
         let desired = rules.chains();
-        for (of, chain) in loaded.chains.into_iter().filter(|chain| !desired.contains(chain)) {
-            transaction.delete(of, chain);
+        let gone = |of: Table, chain: &str| {
+            !desired.contains(&(of, chain.into())) && !loaded.is_of_kubelet(of, chain)
+        };
+        for (of, _, to, line) in &loaded.jumps {
+            if gone(*of, to) {
+                transaction.remove_jump(*of, line.clone());
+            }
         }
-        for (of, from, rule) in iptables::jumps(self.family) {
+        for (of, chain) in loaded.chains.iter().filter(|(of, chain)| gone(*of, chain)) {
+            transaction.delete(*of, chain.clone());
+        }
+        for (of, from, rule) in iptables::jumps(self.family, &self.config) {
             let target = rule.target.as_ref().map(ToString::to_string).unwrap_or_default();
             let there = loaded
                 .jumps
@@ -142,7 +157,7 @@ impl FamilyRules {
             self.programs.list(table, chain).is_some_and(|rules| !rules.contains(what))
         };
         let gone = Table::ALL.iter().any(|table| lacks(*table, names::CANARY, names::CANARY))
-            || iptables::jumps(self.family).into_iter().any(|(table, from, rule)| {
+            || iptables::jumps(self.family, &self.config).into_iter().any(|(table, from, rule)| {
                 rule.target.is_some_and(|target| lacks(table, from, &target.to_string()))
             });
         if gone {
@@ -180,16 +195,13 @@ pub fn removals(all: bool) -> Result<Vec<(Programs, Transaction)>, DatapathError
 
 fn removal(loaded: &Loaded) -> Transaction {
     let mut removal = Transaction::default();
-    let stays = |table: Table, chain: &str| {
-        loaded.kubelet.contains(&table) && names::SHARED_WITH_KUBELET.contains(&chain)
-    };
     for (table, _, to, line) in &loaded.jumps {
-        if !stays(*table, to) {
+        if !loaded.is_of_kubelet(*table, to) {
             removal.remove_jump(*table, line.clone());
         }
     }
     for (table, chain) in &loaded.chains {
-        if !stays(*table, chain) {
+        if !loaded.is_of_kubelet(*table, chain) {
             removal.delete(*table, chain.clone());
         }
     }
