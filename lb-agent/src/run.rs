@@ -153,10 +153,9 @@ fn retire_other_modes(mode: Mode, pins: &Pins) -> Result<()> {
         }
     }
     if mode != Mode::Ipvs {
-        let removals = ipvs::removals(false)?;
-        if !removals.is_empty() {
-            info!("our virtual servers are removed: this mode serves instead");
-            ipvs::remove(&removals)?;
+        let connections = ipvs::drain()?;
+        if connections > 0 {
+            info!(connections, "virtual servers of the ipvs mode stay until their connections have ended");
         }
     }
     Ok(())

@@ -52,6 +52,9 @@ enum Command {
         /// A new socket for each.
         #[arg(long, default_value_t = 1)]
         count: u32,
+        /// Length of the question; more than a packet takes goes out in fragments.
+        #[arg(long, default_value_t = 2)]
+        bytes: usize,
         #[arg(long, default_value_t = 2000)]
         timeout_ms: u64,
     },
@@ -82,9 +85,10 @@ fn main() -> Result<()> {
             (0..count).for_each(|_| println!("{}", tcp(target, Duration::from_millis(timeout_ms))));
             Ok(())
         }
-        Command::Udp { target, connected, dual_stack, count, timeout_ms } => {
+        Command::Udp { target, connected, dual_stack, count, bytes, timeout_ms } => {
             let timeout = Duration::from_millis(timeout_ms);
-            (0..count).for_each(|_| println!("{}", udp(target, connected, dual_stack, timeout)));
+            let question = vec![b'?'; bytes];
+            (0..count).for_each(|_| println!("{}", udp(target, connected, dual_stack, &question, timeout)));
             Ok(())
         }
         Command::Download { target, bytes, pause_ms } => {
@@ -110,7 +114,7 @@ fn serve(id: &str, listen: &[SocketAddr]) -> Result<()> {
         }));
         let (udp, id_udp) = (UdpSocket::bind(addr).with_context(|| format!("bind {addr}"))?, id.to_owned());
         threads.push(thread::spawn(move || {
-            let mut buffer = [0; 2048];
+            let mut buffer = vec![0; 1 << 16];
             while let Ok((_, peer)) = udp.recv_from(&mut buffer) {
                 let _ = udp.send_to(format!("{id_udp} {peer}").as_bytes(), peer);
             }
@@ -206,7 +210,13 @@ fn tcp(target: SocketAddr, timeout: Duration) -> serde_json::Value {
     }
 }
 
-fn udp(target: SocketAddr, connected: bool, dual_stack: bool, timeout: Duration) -> serde_json::Value {
+fn udp(
+    target: SocketAddr,
+    connected: bool,
+    dual_stack: bool,
+    question: &[u8],
+    timeout: Duration,
+) -> serde_json::Value {
     let started = Instant::now();
     let ask = || -> std::io::Result<(String, SocketAddr)> {
         let local: SocketAddr =
@@ -220,10 +230,10 @@ fn udp(target: SocketAddr, connected: bool, dual_stack: bool, timeout: Duration)
         let mut buffer = [0; 2048];
         let (len, peer) = if connected {
             socket.connect(target)?;
-            socket.send(b"id")?;
+            socket.send(question)?;
             (socket.recv(&mut buffer)?, socket.peer_addr()?)
         } else {
-            socket.send_to(b"id", target)?;
+            socket.send_to(question, target)?;
             socket.recv_from(&mut buffer)?
         };
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
@@ -321,7 +331,7 @@ fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant) {
 /// A new socket for each question; the answer must come from where it was sent.
 fn load_udp(target: SocketAddr, counts: &Counts, deadline: Instant) {
     while Instant::now() < deadline {
-        let answer = udp(target, false, false, Duration::from_secs(5));
+        let answer = udp(target, false, false, b"id", Duration::from_secs(5));
         counts.udp_requests.fetch_add(1, Ordering::Relaxed);
         if answer.get("error").is_some() {
             counts.udp_lost.fetch_add(1, Ordering::Relaxed);

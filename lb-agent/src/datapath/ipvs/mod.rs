@@ -176,6 +176,31 @@ impl FamilyServers {
     }
 }
 
+/// Lets connections of our virtual servers end, now that another mode takes the new ones: whatever has none left is
+/// removed, the rest gets no more. Returns how many connections are left; with 0, nothing of ours is. An address stays
+/// bound as long as it has connections, without the rules that guard its other ports.
+pub fn drain() -> Result<u64, DatapathError> {
+    let Ok(Some(alias)) = exec::device() else { return Ok(0) };
+    if alias != ALIAS {
+        return Ok(0);
+    }
+    let connections = exec::connections(&fs::read_to_string("/proc/net/ip_vs").unwrap_or_default());
+    let mut left = 0;
+    for family in [Family::V4, Family::V6] {
+        let actual = exec::actual(family)?;
+        let ours = connections.iter().filter(|((server, _), _)| actual.servers.contains_key(server));
+        left += ours.map(|(_, count)| count).sum::<u64>();
+        let drained = actual.drained(|server| {
+            connections.iter().any(|((of, _), count)| of == server && *count > 0)
+        });
+        exec::carry_out(&Transaction::between(family, &actual, &drained))?;
+    }
+    if left == 0 {
+        remove(&removals(false)?)?;
+    }
+    Ok(left)
+}
+
 /// What our agent, or with `all` kube-proxy too, left of one family.
 pub fn removals(all: bool) -> Result<Vec<Transaction>, DatapathError> {
     // Without the programs, or without the device, there is nothing of ours.

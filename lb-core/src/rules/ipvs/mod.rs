@@ -272,6 +272,22 @@ fn release<T: Ord>(uses: &mut BTreeMap<T, usize>, thing: &T) {
 }
 
 impl State {
+    /// This state without what no connection needs any more; what is left takes no new ones. Elements stay: they say
+    /// that the rest is ours.
+    pub fn drained(&self, in_use: impl Fn(&FrontendAddr) -> bool) -> Self {
+        let mut servers = self.servers.clone();
+        servers.retain(|addr, _| in_use(addr));
+        for server in servers.values_mut() {
+            server.destinations.values_mut().for_each(|weight| *weight = 0);
+        }
+        let needs = |addr: IpAddr| servers.keys().any(|server| server.addr == addr);
+        let links = self.links.iter().filter(|link| match link {
+            Link::Bind(addr) | Link::Route(addr) => needs(*addr),
+            Link::Rule(addr) => servers.contains_key(addr),
+        });
+        Self { links: links.copied().collect(), elements: self.elements.clone(), servers }
+    }
+
     fn add(&mut self, other: Self) {
         self.servers.extend(other.servers);
         self.elements.extend(other.elements);

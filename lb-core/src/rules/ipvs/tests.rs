@@ -159,6 +159,32 @@ fn no_address_of_a_node_is_bound() {
 }
 
 #[test]
+fn what_drains_takes_nothing_new_and_keeps_what_it_needs() {
+    let mut compiler = with_external_ips(&["192.0.2.2", "198.51.100.1"]);
+    compiler.apply(node("node-2", "192.0.2.2"));
+    let changes = compiler.compile();
+    let mut servers = Servers::new(Family::V4, Scheduler::Rr);
+    servers.update(compiler.table(), &changes);
+    let state = servers.state();
+    let drained = state.drained(|server| server.addr == ip("192.0.2.2"));
+    let text = Transaction::between(Family::V4, &state, &drained).to_string();
+    expect_test::expect![[r"
+        # ipvsadm -R
+        -e -t 192.0.2.2:80 -r 11.0.0.2:8080 -m -w 0
+        -e -t 192.0.2.2:80 -r 11.0.0.3:8080 -m -w 0
+        # ip -4 -force -batch -
+        addr del 10.96.0.2/32 dev kube-ipvs0
+        addr del 198.51.100.1/32 dev kube-ipvs0
+        # ipvsadm -R
+        -D -t 10.96.0.2:80
+        -D -t 198.51.100.1:80
+    "]]
+    .assert_eq(&text);
+    let nothing = drained.drained(|_| false);
+    assert!(nothing.servers.is_empty() && nothing.links.is_empty());
+}
+
+#[test]
 fn an_endpoint_that_comes_back_takes_connections_again() {
     let mut compiler = with_external_ips(&[]);
     let mut servers = Servers::new(Family::V4, Scheduler::Rr);
