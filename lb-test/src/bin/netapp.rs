@@ -6,6 +6,7 @@
 use std::{
     io::{BufRead, BufReader, ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -75,6 +76,9 @@ enum Command {
         udp: u32,
         #[arg(long)]
         secs: f64,
+        /// Leave TCP connections with a reset: nobody waits for the last segments.
+        #[arg(long)]
+        abort: bool,
     },
 }
 
@@ -94,8 +98,8 @@ fn main() -> Result<()> {
         Command::Download { target, bytes, pause_ms } => {
             download(target, bytes, Duration::from_millis(pause_ms))
         }
-        Command::Load { target, connections, udp, secs } => {
-            println!("{}", load(target, connections, udp, Duration::from_secs_f64(secs)));
+        Command::Load { target, connections, udp, secs, abort } => {
+            println!("{}", load(target, connections, udp, Duration::from_secs_f64(secs), abort));
             Ok(())
         }
     }
@@ -278,13 +282,19 @@ struct Counts {
     udp_lost: AtomicU64,
 }
 
-fn load(target: SocketAddr, connections: u32, udp: u32, duration: Duration) -> serde_json::Value {
+fn load(
+    target: SocketAddr,
+    connections: u32,
+    udp: u32,
+    duration: Duration,
+    abort: bool,
+) -> serde_json::Value {
     let counts = Arc::new(Counts::default());
     let deadline = Instant::now() + duration;
     let mut threads = Vec::new();
     for _ in 0..connections {
         let counts = counts.clone();
-        threads.push(thread::spawn(move || load_tcp(target, &counts, deadline)));
+        threads.push(thread::spawn(move || load_tcp(target, &counts, deadline, abort)));
     }
     for _ in 0..udp {
         let counts = counts.clone();
@@ -299,7 +309,7 @@ fn load(target: SocketAddr, connections: u32, udp: u32, duration: Duration) -> s
 }
 
 /// One connection for the whole time; its answers must always come from the same server.
-fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant) {
+fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant, abort: bool) {
     let talk = || -> std::io::Result<()> {
         let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(10))?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -318,7 +328,7 @@ fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant) {
             }
             thread::sleep(Duration::from_millis(50));
         }
-        Ok(())
+        if abort { close_with_reset(stream) } else { Ok(()) }
     };
     if let Err(error) = talk() {
         let timed_out = matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock);
@@ -326,6 +336,22 @@ fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant) {
         counter.fetch_add(1, Ordering::Relaxed);
         eprintln!("{error}");
     }
+}
+
+/// Closing a socket that must not linger sends a reset (socket(7), SO_LINGER).
+fn close_with_reset(stream: TcpStream) -> std::io::Result<()> {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    // SAFETY: linger is as long as the length says, and lives through the call.
+    let result = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_LINGER,
+            (&raw const linger).cast(),
+            size_of::<libc::linger>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// A new socket for each question; the answer must come from where it was sent.

@@ -171,7 +171,7 @@ fn links(family: Family) -> Result<BTreeSet<Link>, DatapathError> {
     // iproute2 calls a table without routes an error.
     let routes = ["ip", ip, "-j", "route", "show", "table", &ROUTES.to_string()];
     for route in json(&routes).unwrap_or_default() {
-        if route["dev"] == DEVICE && route["type"] == "local" {
+        if route["dev"] == "lo" && route["type"] == "local" {
             links.extend(address(&route["dst"]).map(Link::Route));
         }
     }

@@ -190,9 +190,8 @@ pub fn drain() -> Result<u64, DatapathError> {
         let actual = exec::actual(family)?;
         let ours = connections.iter().filter(|((server, _), _)| actual.servers.contains_key(server));
         left += ours.map(|(_, count)| count).sum::<u64>();
-        let drained = actual.drained(|server| {
-            connections.iter().any(|((of, _), count)| of == server && *count > 0)
-        });
+        let drained =
+            actual.drained(|server| connections.iter().any(|((of, _), count)| of == server && *count > 0));
         exec::carry_out(&Transaction::between(family, &actual, &drained))?;
     }
     if left == 0 {

@@ -61,10 +61,7 @@ impl Kernel {
     }
 
     fn link(&mut self, line: &str, words: &[&str]) {
-        if words[..2] == ["link", "set"] {
-            return;
-        }
-        let rest = words[2..].iter().filter(|word| !["local", "nodad"].contains(word));
+        let rest = words[2..].iter().take_while(|word| **word != "mtu");
         let what = format!("{} {}", words[0], rest.copied().collect::<Vec<_>>().join(" "));
         let done = if words[1] == "del" { self.links.remove(&what) } else { self.links.insert(what) };
         assert!(done, "{line}: nothing to do");
@@ -147,8 +144,7 @@ fn no_address_of_a_node_is_bound() {
     let then = servers.update(compiler.table(), &changes).to_string();
     expect_test::expect![[r"
         # ip -4 -force -batch -
-        link set kube-ipvs0 up
-        route replace local 198.51.100.1 dev kube-ipvs0 table 5050
+        route replace local 198.51.100.1 dev lo table 5050 mtu lock 1500
         rule add pref 50 to 198.51.100.1 ipproto tcp dport 80 lookup 5050
         # ip -4 -force -batch -
         addr del 198.51.100.1/32 dev kube-ipvs0

@@ -53,6 +53,11 @@ pub enum Line {
     Route(IpAddr),
 }
 
+/// Local routes take 64 KiB, and datagrams that need fragments further on would be sent with the order not to
+/// fragment them: IPVS could only refuse them. A locked MTU sends them in fragments of Ethernet's size, and without that
+/// order (`ip_dont_fragment`).
+const MTU: u32 = 1500;
+
 impl Line {
     /// The line, with the address that this node sends from to `addr`; `None` leaves that to the kernel.
     pub fn text(&self, source: impl Fn(IpAddr) -> Option<IpAddr>) -> String {
@@ -60,7 +65,7 @@ impl Line {
             Self::Text(text) => text.clone(),
             Self::Route(addr) => {
                 let source = source(*addr).map(|source| format!(" src {source}")).unwrap_or_default();
-                format!("route replace local {addr} dev {DEVICE} table {ROUTES}{source}")
+                format!("route replace local {addr} dev lo table {ROUTES} mtu lock {MTU}{source}")
             }
         }
     }
@@ -164,14 +169,8 @@ impl Transaction {
                 let length = if addr.is_ipv6() { 128 } else { 32 };
                 self.push(phase, format!("addr {verb} {addr}/{length} dev {DEVICE}"));
             }
-            Link::Route(addr) if add => {
-                // A route needs its device up; addresses don't.
-                self.push(phase, format!("link set {DEVICE} up"));
-                self.phases.entry(phase).or_default().push(Line::Route(*addr));
-            }
-            Link::Route(addr) => {
-                self.push(phase, format!("route del local {addr} dev {DEVICE} table {ROUTES}"));
-            }
+            Link::Route(addr) if add => self.phases.entry(phase).or_default().push(Line::Route(*addr)),
+            Link::Route(addr) => self.push(phase, format!("route del local {addr} dev lo table {ROUTES}")),
             Link::Rule(addr) => {
                 let protocol = names::protocol(addr.protocol);
                 let to = format!("to {} ipproto {protocol} dport {}", addr.addr, addr.port);
