@@ -106,6 +106,18 @@ pub enum Mode {
     Ipvs,
 }
 
+impl Mode {
+    /// As it is typed.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ebpf => "ebpf",
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
+            Self::Ipvs => "ipvs",
+        }
+    }
+}
+
 /// Options of `cleanup`.
 #[derive(ClapArgs, Debug)]
 pub struct CleanupArgs {
@@ -115,6 +127,10 @@ pub struct CleanupArgs {
     /// Remove kube-proxy's own rules too. End kube-proxy first: it would write them again.
     #[arg(long)]
     pub kube_proxy: bool,
+    /// Wait until no connection needs what is removed: BPF programs carry on the flows they know and leave new ones to
+    /// whoever serves instead. Interrupted, they go on like that.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub drain: bool,
 }
 
 /// Options of `render`.
@@ -290,6 +306,10 @@ pub struct RunArgs {
     /// How tc programs are attached.
     #[arg(long, default_value = "auto")]
     tc_mode: TcMode,
+    /// Once this mode serves, remove what kube-proxy left in its modes; its connections go on until they end. kube-proxy
+    /// itself has to be gone.
+    #[arg(long)]
+    replace_kube_proxy: bool,
     /// Policy.
     #[command(flatten)]
     policy: PolicyArgs,
@@ -351,6 +371,8 @@ pub struct Config {
     pub rules: rules::iptables::Config,
     /// How IPVS is set up.
     pub ipvs: IpvsConfig,
+    /// kube-proxy's rules are removed once this mode serves.
+    pub replace_kube_proxy: bool,
     /// Map sizes.
     pub sizes: Sizes,
     /// Which packets to log.
@@ -406,6 +428,7 @@ impl RunArgs {
             mode: self.mode,
             compile: self.policy.compile(),
             rules: self.policy.rules(),
+            replace_kube_proxy: self.replace_kube_proxy,
             ipvs: IpvsConfig { scheduler: self.policy.ipvs_scheduler(), strict_arp: self.ipvs_strict_arp },
             sizes: Sizes { flows: self.flows_max.max(1024) },
             trace: self.trace_packets.as_deref().map(trace::parse_filter).transpose()?,

@@ -1,6 +1,6 @@
 //! What each command does.
 
-use std::io::IsTerminal;
+use std::{io::IsTerminal, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use lb_core::rules;
@@ -9,7 +9,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     args::{Args, CleanupArgs, Command, ListCommand, LogFormat, Output},
     datapath::{
-        ebpf::{attach, inspect, maps::Pins},
+        ebpf::{attach, drain, inspect, maps::Pins},
         iptables, ipvs, nftables,
     },
     print, render, run,
@@ -37,6 +37,9 @@ pub fn main(args: Args) -> Result<()> {
             if options.output == Output::Json {
                 println!("{}", serde_json::to_string_pretty(&status)?);
                 return Ok(());
+            }
+            if status.draining {
+                println!("draining: another mode serves, flows that are known are carried on\n");
             }
             print!("{}\n{}", print::table(&status.attached)?, print::table(&status.counters)?);
             Ok(())
@@ -78,14 +81,44 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
         }
         return Ok(());
     }
+    if options.drain {
+        wait_for_flows(pins)?;
+    }
     for family in tables {
         nftables::remove(family)?;
     }
+    nftables::remove_keepers()?;
     for (programs, removal) in &removals {
         programs.restore(&removal.to_string())?;
     }
     ipvs::remove(&servers)?;
     Ok(attach::remove_all(pins)?)
+}
+
+/// How often flows are counted.
+const DRAIN_POLL: Duration = Duration::from_secs(2);
+
+/// Takes no new flows and waits for the known ones to end.
+fn wait_for_flows(pins: &Pins) -> Result<()> {
+    if !pins.dir().is_dir() {
+        return Ok(());
+    }
+    drain::set(pins, true)?;
+    let mut shown = None;
+    loop {
+        // Whether a UDP backend still serves is not known here: its flows end when they are silent.
+        let flows = drain::flows_left(pins, |_| true)?.flows;
+        if flows == 0 {
+            return Ok(());
+        }
+        if shown != Some(flows) {
+            eprintln!(
+                "{flows} flows are carried on until they end; new ones are left to whoever serves instead"
+            );
+            shown = Some(flows);
+        }
+        std::thread::sleep(DRAIN_POLL);
+    }
 }
 
 fn check_pinned(pins: &Pins) -> Result<()> {

@@ -3,11 +3,13 @@
 
 pub mod args;
 pub mod commands;
+pub mod conntrack;
 pub mod convert;
 pub mod datapath;
 pub mod netlink;
 pub mod print;
 pub mod render;
+pub mod retire;
 pub mod run;
 pub mod serve;
 pub mod source;

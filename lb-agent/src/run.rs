@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow};
-use lb_common::abi::{DeviceValue, NodeConfig, device_flags};
+use lb_common::abi::{DeviceValue, NodeConfig, device_flags, node_flags};
 use lb_core::{
     compile::{Compiler, NodeView},
     model::{Event, Warning},
@@ -28,16 +28,17 @@ use crate::{
         CHECK_EVERY, Datapath,
         ebpf::{
             apply::EbpfDatapath,
-            attach::{self, Attacher},
+            attach::Attacher,
             load::Programs,
             maps::{NodeMaps, Pins, set_first},
             objects,
         },
-        iptables::{self, IptablesDatapath},
-        ipvs::{self, IpvsDatapath},
-        nftables::{self, NftablesDatapath},
+        iptables::IptablesDatapath,
+        ipvs::IpvsDatapath,
+        nftables::NftablesDatapath,
     },
     netlink::{self, HostNetwork, Netlink},
+    retire::Retire,
     serve::{self, Health},
     source::{Report, Source, kubernetes::Kubernetes, manifests::Manifests},
     trace::DecisionLog,
@@ -110,8 +111,8 @@ pub async fn run(config: Config) -> Result<()> {
                 Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; the last state holds"),
             },
             () = programmed.notified() => {
-                if let Err(error) = retire_other_modes(config.mode, &pins) {
-                    warn!(error = %format!("{error:#}"), "what another mode left can't be removed; run lb-agent cleanup once this one is to stop");
+                if let Some(host) = &mut host {
+                    host.take_new_flows()?;
                 }
                 if host.as_mut().is_some_and(|host| host.attacher.retire_others()) {
                     match netlink.read().await {
@@ -131,34 +132,6 @@ pub async fn run(config: Config) -> Result<()> {
     let _ = inputs.send(Input::Shutdown);
     worker.join().map_err(|_| anyhow!("the programming thread panicked"))?;
     result
-}
-
-/// Removes what our agent left in other modes, now that this one serves.
-fn retire_other_modes(mode: Mode, pins: &Pins) -> Result<()> {
-    if mode != Mode::Ebpf && pins.dir().is_dir() {
-        info!(pins = %pins.dir().display(), "the eBPF datapath is removed: this mode serves instead");
-        attach::remove_all(pins)?;
-    }
-    // Rules of the modes iptables and ipvs have the same chains: whoever serves has written them anew.
-    if !matches!(mode, Mode::Iptables | Mode::Ipvs) {
-        for (programs, removal) in iptables::removals(false)? {
-            info!(program = programs.name(), "our iptables rules are removed: this mode serves instead");
-            programs.restore(&removal.to_string())?;
-        }
-    }
-    if mode != Mode::Nftables {
-        for family in nftables::removals(false) {
-            info!(%family, "our nftables table is removed: this mode serves instead");
-            nftables::remove(family)?;
-        }
-    }
-    if mode != Mode::Ipvs {
-        let connections = ipvs::drain()?;
-        if connections > 0 {
-            info!(connections, "virtual servers of the ipvs mode stay until their connections have ended");
-        }
-    }
-    Ok(())
 }
 
 async fn start_source_kubernetes(kubernetes: Kubernetes, reports: mpsc::Sender<Report>) -> Result<()> {
@@ -217,14 +190,16 @@ impl Host {
             start_trace(&mut programs, filter)?;
         }
         let maps = NodeMaps::open(pins)?;
-        let generation = maps.node()?.routing_generation;
+        let before = maps.node()?;
         let (snat_port_first, snat_port_count) = netlink::snat_ports(netlink::ephemeral_ports());
         if snat_port_count == 0 {
             warn!("net.ipv4.ip_local_port_range leaves no ports for masqueraded flows: make it smaller");
         }
         let node = NodeConfig {
             host_netns_cookie: netns_cookie().context("read the network namespace's cookie (kernel 5.14)")?,
-            routing_generation: generation,
+            routing_generation: before.routing_generation,
+            // Programs that drain go on with that until the maps are full.
+            flags: before.flags,
             snat_port_first,
             snat_port_count,
             ..NodeConfig::default()
@@ -237,6 +212,15 @@ impl Host {
             }
         }
         Ok(Self { attacher, maps, node })
+    }
+
+    /// The maps hold the whole cluster: programs that left new flows to another mode take them again.
+    fn take_new_flows(&mut self) -> Result<()> {
+        if self.node.flags & node_flags::DRAINING != 0 {
+            self.node.flags &= !node_flags::DRAINING;
+            self.maps.set_node(self.node)?;
+        }
+        Ok(())
     }
 
     /// Attaches to what is there now and tells the programs.
@@ -321,6 +305,8 @@ pub struct Worker {
     /// Told once the maps hold the whole cluster.
     programmed: Arc<Notify>,
     interval: Duration,
+    /// What other modes left.
+    retire: Retire,
     /// Changes since the last success.
     pending: Changes,
     synced: bool,
@@ -329,6 +315,9 @@ pub struct Worker {
     told: Vec<Warning>,
     refused: Vec<String>,
 }
+
+/// How often other modes are asked whether their connections have ended.
+const RETIRE_EVERY: Duration = Duration::from_secs(5);
 
 /// Waits between tries after a failed write: first and longest.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
@@ -348,6 +337,7 @@ impl Worker {
             health,
             programmed,
             interval: Duration::from_millis(config.min_sync_interval_ms),
+            retire: Retire::new(config.mode, Pins::new(&config.bpf_root), config.replace_kube_proxy),
             pending: Changes::default(),
             synced: false,
             addressed: false,
@@ -362,9 +352,10 @@ impl Worker {
         let mut retry = None;
         let mut wait = RETRY.0;
         let mut first = true;
-        let mut checked = Instant::now();
+        let (mut checked, mut retired) = (Instant::now(), None);
         loop {
-            let input = inputs.recv_timeout(retry.unwrap_or(CHECK_EVERY));
+            let patience = if self.retire.is_pending() { RETIRE_EVERY } else { CHECK_EVERY };
+            let input = inputs.recv_timeout(retry.unwrap_or(patience));
             match input {
                 Ok(Input::Shutdown) | Err(std_mpsc::RecvTimeoutError::Disconnected) => return,
                 Ok(input) => {
@@ -383,7 +374,7 @@ impl Worker {
             }
             if checked.elapsed() >= CHECK_EVERY {
                 checked = Instant::now();
-                if !self.datapath.is_intact() {
+                if !self.datapath.is_intact(self.compiler.table()) {
                     self.pending = Changes::all(self.compiler.table());
                 }
             }
@@ -396,6 +387,12 @@ impl Worker {
                         self.programmed.notify_one();
                     }
                     (retry, wait, first) = (None, RETRY.0, false);
+                    if self.retire.is_pending()
+                        && retired.is_none_or(|at: Instant| at.elapsed() >= RETIRE_EVERY)
+                    {
+                        retired = Some(Instant::now());
+                        self.retire_others();
+                    }
                 }
                 Err(error) => {
                     warn!(error = %format!("{error:#}"), retry_ms = wait.as_millis() as u64, "not programmed; trying again");
@@ -458,6 +455,16 @@ impl Worker {
         );
         self.health.applied(table, elapsed, report.refused.len());
         Ok(())
+    }
+
+    /// Other modes leave, now that this one serves.
+    fn retire_others(&mut self) {
+        match self.retire.step(self.compiler.table()) {
+            Ok(left) => self.health.draining(left),
+            Err(error) => {
+                warn!(error = %format!("{error:#}"), "what another mode left can't be removed; trying again");
+            }
+        }
     }
 
     /// Logs warnings that are new and those that are gone.

@@ -12,7 +12,10 @@ use axum::{Json, Router, extract::State, http::StatusCode, response::IntoRespons
 use lb_core::table::ServiceTable;
 use serde_json::json;
 
-use crate::datapath::ebpf::maps::{Pins, metrics};
+use crate::{
+    datapath::ebpf::maps::{Pins, metrics},
+    retire::Left,
+};
 
 /// What the programming thread has achieved.
 #[derive(Default)]
@@ -29,6 +32,7 @@ struct Inner {
     frontends: usize,
     backends: usize,
     refused: usize,
+    draining: Left,
 }
 
 impl Health {
@@ -47,6 +51,11 @@ impl Health {
         inner.frontends = table.frontends.len();
         inner.backends = table.services.values().map(|entry| entry.serving.len()).sum();
         inner.refused = refused;
+    }
+
+    /// So many connections of other modes are carried on.
+    pub fn draining(&self, left: Left) {
+        self.lock().draining = left;
     }
 
     /// A table could not be programmed.
@@ -135,6 +144,13 @@ async fn metrics_page(State(shared): State<Shared>) -> String {
         "Unix time of the last sync.",
         unix_secs(inner.last_sync),
     );
+    let _ = writeln!(
+        text,
+        "# HELP lb_draining_connections Connections of other modes that are carried on until they end.\n# TYPE lb_draining_connections gauge"
+    );
+    for (mode, connections) in &inner.draining {
+        let _ = writeln!(text, "lb_draining_connections{{mode=\"{mode}\"}} {connections}");
+    }
     if let Ok(counters) = metrics(&shared.pins) {
         let _ = writeln!(
             text,

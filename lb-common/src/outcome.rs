@@ -76,6 +76,10 @@ outcomes! {
     SockReply = 25, "sock_reply";
     /// Dropped: the chosen slot holds no live backend (between two writes of the agent).
     DropNoBackend = 26, "drop_no_backend";
+    /// Passed: new, while this datapath only carries its flows to their end.
+    PassDraining = 27, "pass_draining";
+    /// Passed: a datagram of a flow that netfilter translated before this datapath served.
+    PassForeign = 28, "pass_foreign";
 }
 
 /// Room for outcomes per hook in the `METRICS` map.

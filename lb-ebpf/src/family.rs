@@ -34,6 +34,8 @@ pub trait Family: 'static {
     const HEADER_LEN: usize;
     /// ICMP's protocol number.
     const ICMP: u8;
+    /// No address.
+    const UNSPECIFIED: Self::Addr;
 
     /// Source and destination side by side.
     fn pair(saddr: Self::Addr, daddr: Self::Addr) -> Self::Pair;
@@ -61,6 +63,8 @@ pub trait Family: 'static {
     fn insert_flow(key: &FlowKey<Self::Addr>, value: &FlowValue<Self::Addr>, flags: u64) -> Result<(), i32>;
     /// Removes a flow.
     fn remove_flow(key: &FlowKey<Self::Addr>);
+    /// Are these packets of a connection that netfilter translates?
+    fn is_foreign(key: &FlowKey<Self::Addr>) -> bool;
     /// This CPU's scratch space. To be taken at most once at a time.
     fn scratch() -> Option<&'static mut Scratch<Self::Addr>>;
     /// Is this source allowed to use the service's load-balancer addresses?
@@ -89,7 +93,7 @@ pub enum V4 {}
 pub enum V6 {}
 
 macro_rules! map_accessors {
-    ($frontends:ident, $vips:ident, $backends:ident, $flows:ident, $ranges:ident, $scratch:ident) => {
+    ($frontends:ident, $vips:ident, $backends:ident, $flows:ident, $foreign:ident, $ranges:ident, $scratch:ident) => {
         #[inline(always)]
         fn frontend(key: &FrontendKey<Self::Addr>) -> Option<&'static FrontendValue> {
             // SAFETY: the agent replaces values as a whole and never deletes a frontend in use without the
@@ -127,6 +131,11 @@ macro_rules! map_accessors {
             let _ = unsafe { maps::$flows.remove(same_layout(key)) };
         }
         #[inline(always)]
+        fn is_foreign(key: &FlowKey<Self::Addr>) -> bool {
+            // SAFETY: words for bytes; only its being there counts.
+            unsafe { maps::$foreign.get(same_layout(key)) }.is_some()
+        }
+        #[inline(always)]
         fn scratch() -> Option<&'static mut Scratch<Self::Addr>> {
             // SAFETY: a per-CPU slot, words for bytes; these programs run with softirqs off, so none interrupts
             // another.
@@ -153,8 +162,17 @@ impl Family for V4 {
     const ADDR_BITS: u32 = 32;
     const HEADER_LEN: usize = 20;
     const ICMP: u8 = PROTO_ICMP;
+    const UNSPECIFIED: Words4 = [0; 1];
 
-    map_accessors!(LB4_FRONTENDS, LB4_VIPS, LB4_BACKENDS, LB4_FLOWS, LB4_SOURCE_RANGES, LB4_SCRATCH);
+    map_accessors!(
+        LB4_FRONTENDS,
+        LB4_VIPS,
+        LB4_BACKENDS,
+        LB4_FLOWS,
+        LB4_FOREIGN,
+        LB4_SOURCE_RANGES,
+        LB4_SCRATCH
+    );
 
     #[inline(always)]
     fn pair(saddr: Words4, daddr: Words4) -> Self::Pair {
@@ -216,8 +234,17 @@ impl Family for V6 {
     const ADDR_BITS: u32 = 128;
     const HEADER_LEN: usize = 40;
     const ICMP: u8 = PROTO_ICMPV6;
+    const UNSPECIFIED: Words6 = [0; 4];
 
-    map_accessors!(LB6_FRONTENDS, LB6_VIPS, LB6_BACKENDS, LB6_FLOWS, LB6_SOURCE_RANGES, LB6_SCRATCH);
+    map_accessors!(
+        LB6_FRONTENDS,
+        LB6_VIPS,
+        LB6_BACKENDS,
+        LB6_FLOWS,
+        LB6_FOREIGN,
+        LB6_SOURCE_RANGES,
+        LB6_SCRATCH
+    );
 
     #[inline(always)]
     fn pair(saddr: Words6, daddr: Words6) -> Self::Pair {

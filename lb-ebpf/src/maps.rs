@@ -55,6 +55,14 @@ pub static LB4_FLOWS: LruHashMap<FlowKey<Addr4>, FlowValue<Addr4>, 262144> = Lru
 #[btf_map]
 pub static LB6_FLOWS: LruHashMap<FlowKey<Addr6>, FlowValue<Addr6>, 262144> = LruHashMap::new();
 
+/// Written by the agent, read by classify and flow. Key: packets of a connection that netfilter translates, as they come
+/// in: a client's datagrams, or replies to an address and port that netfilter masqueraded to.
+#[btf_map]
+pub static LB4_FOREIGN: HashMap<FlowKey<Addr4>, u32, 65536> = HashMap::new();
+/// As `LB4_FOREIGN`, IPv6.
+#[btf_map]
+pub static LB6_FOREIGN: HashMap<FlowKey<Addr6>, u32, 65536> = HashMap::new();
+
 /// Written and read by affinity. Key: client and service port.
 #[btf_map]
 pub static AFFINITY: LruHashMap<AffinityKey, AffinityValue, 65536> = LruHashMap::new();

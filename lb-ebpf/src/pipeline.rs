@@ -104,6 +104,7 @@ pub fn open<F: Parse, O: Origin, C: Ctx>(ctx: &mut C) -> Stage<End> {
     let bytes = ctx.bytes();
     let network = parse::network::<F>(bytes)?;
     let packet = &parse::flow::<F>(bytes, &network)?;
+    classify::left_to_others::<F>(packet)?;
     let frontend = classify::frontend::<F>(packet)?;
     let service = O::scope(frontend);
     trace::service(ctx, &service);

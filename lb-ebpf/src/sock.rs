@@ -11,8 +11,8 @@ use aya_ebpf::{
 };
 use lb_common::{
     abi::{
-        AffinityKey, FrontendKey, PeerValue, SockFlowKey, SockFlowValue, VipKey, backend_flags,
-        frontend_flags as flag, sock_direction, vip_kind,
+        AffinityKey, FlowKey, FrontendKey, PeerValue, SockFlowKey, SockFlowValue, VipKey, backend_flags,
+        direction, frontend_flags as flag, node_flags, sock_direction, vip_kind,
     },
     net::{PROTO_TCP, PROTO_UDP},
     outcome::{Hook, Outcome},
@@ -326,6 +326,7 @@ fn resolve<F: Family>(
     proto: u8,
 ) -> Stage<Choice<'static, F::Addr>> {
     classify::maybe_vip::<F>(addr)?;
+    left_to_others::<F>(ctx, addr, port, proto)?;
     let Some(frontend) = F::frontend(&FrontendKey { addr: *addr, port, proto, pad: 0 }) else {
         return Err(match F::vip(&VipKey { addr: *addr }).map(|vip| vip.kind) {
             Some(vip_kind::VIP) => End::refuse(Outcome::RefuseUnknownPort),
@@ -359,6 +360,32 @@ fn resolve<F: Family>(
         affinity::remember(&client, &choice);
     }
     Ok(choice)
+}
+
+/// As `classify::left_to_others`, by what a socket shows: its own address may not be chosen yet.
+#[inline(always)]
+fn left_to_others<F: Family>(ctx: &SockAddrContext, addr: &F::Addr, port: u16, proto: u8) -> Stage<()> {
+    if maps::node().is_some_and(|node| node.flags & node_flags::DRAINING != 0) {
+        return Err(End::pass(Outcome::PassDraining));
+    }
+    if proto != PROTO_UDP {
+        return Ok(());
+    }
+    // SAFETY: fields of the context; the socket is there as long as its call.
+    let sport = unsafe {
+        let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
+        if sk.is_null() { 0 } else { (*sk).src_port as u16 }
+    };
+    let key = FlowKey {
+        saddr: F::UNSPECIFIED,
+        daddr: *addr,
+        sport,
+        dport: port,
+        proto,
+        direction: direction::IN,
+        pad: 0,
+    };
+    if sport != 0 && F::is_foreign(&key) { Err(End::pass(Outcome::PassForeign)) } else { Ok(()) }
 }
 
 /// Notes what a connected socket dialled, for `getpeername` and `recvfrom`. Out of memory loses only that.

@@ -56,8 +56,12 @@ fn add_service(cluster: &Cluster) {
     }
 }
 
-fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+fn until(what: &str, holds: impl FnMut() -> bool) {
+    until_within(Duration::from_secs(10), what, holds);
+}
+
+fn until_within(patience: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience;
     while !holds() {
         assert!(Instant::now() < deadline, "in vain: {what}");
         std::thread::sleep(Duration::from_millis(50));
@@ -230,7 +234,10 @@ fn modes_replace_each_other() {
             cluster.stop_agent(node, libc::SIGTERM).unwrap();
         }
         start(&mut cluster, options);
-        until(&format!("{options:?}: only its own is left"), || left(&cluster) == expected);
+        // BPF programs stay until their last connection has been closed for a while.
+        until_within(Duration::from_secs(40), &format!("{options:?}: only its own is left"), || {
+            left(&cluster) == expected
+        });
         served(&cluster);
     }
 }

@@ -20,11 +20,9 @@ pub trait Datapath: Send {
     /// changes since the last success.
     fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<ApplyReport, DatapathError>;
 
-    /// Whether nobody has taken away what was applied. Called every [`CHECK_EVERY`]; after `false` the driver
+    /// Whether nobody has taken away what was applied; `table` is what was. Called every [`CHECK_EVERY`]; after `false` the driver
     /// applies everything again.
-    fn is_intact(&mut self) -> bool {
-        true
-    }
+    fn is_intact(&mut self, table: &ServiceTable) -> bool;
 }
 
 /// How often a datapath is asked whether it is intact.

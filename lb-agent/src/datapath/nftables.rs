@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt::Write as _,
     io::Write,
     process::{Command, Stdio},
 };
@@ -57,7 +58,7 @@ impl Datapath for NftablesDatapath {
         Ok(report)
     }
 
-    fn is_intact(&mut self) -> bool {
+    fn is_intact(&mut self, _: &ServiceTable) -> bool {
         // All are asked: one whose table is gone forgets what it wrote.
         let intact: Vec<bool> = self.families.iter_mut().map(FamilyTable::is_intact).collect();
         intact.into_iter().all(|intact| intact)
@@ -199,6 +200,53 @@ pub fn removals(all: bool) -> Vec<Family> {
         nft(&owned, "").is_ok() || (all && handle(*family).is_ok_and(|handle| handle.is_some()))
     };
     [Family::V4, Family::V6].into_iter().filter(ours).collect()
+}
+
+/// Holds netfilter's NAT and conntrack when rules are gone: without any chain and rule that uses them the kernel
+/// unregisters their hooks, and translated connections would end (`net/netfilter/nf_nat_core.c`
+/// `nf_nat_unregister_fn`, `nf_conntrack_proto.c` `nf_ct_netns_put`).
+const KEEPER: &str = "lb-agent-drain";
+
+fn keeper(family: Family) -> String {
+    let (family, mut text) = (name(family), String::new());
+    let _ = writeln!(
+        text,
+        "add table {family} {KEEPER} {{ comment \"translated connections go on until they end\" ; }}"
+    );
+    for (hook, priority) in [("prerouting", -100), ("output", -100), ("input", 100), ("postrouting", 100)] {
+        let _ = writeln!(
+            text,
+            "add chain {family} {KEEPER} {hook} {{ type nat hook {hook} priority {priority} ; }}"
+        );
+        // Chains alone hold NAT; it takes a rule that looks at conntrack to hold that.
+        let _ = writeln!(text, "add rule {family} {KEEPER} {hook} ct state established accept");
+    }
+    text
+}
+
+/// Removes a family's table at once with putting up what keeps its connections.
+pub fn retire(family: Family) -> Result<(), DatapathError> {
+    load(&(keeper(family) + &removal(family)))
+}
+
+/// Keeps translated connections. Without nft there are iptables' own tables, which stay when their rules go.
+pub fn keep(family: Family) {
+    let _ = load(&keeper(family));
+}
+
+fn keepers() -> impl Iterator<Item = Family> {
+    let there = |family: &Family| nft(&["list", "table", name(*family), KEEPER], "").is_ok();
+    [Family::V4, Family::V6].into_iter().filter(there)
+}
+
+/// Connections are kept.
+pub fn has_keeper() -> bool {
+    keepers().next().is_some()
+}
+
+/// Ends the keeping of connections.
+pub fn remove_keepers() -> Result<(), DatapathError> {
+    keepers().try_for_each(|family| load(&format!("delete table {} {KEEPER}\n", name(family))))
 }
 
 /// Removes a family's table.

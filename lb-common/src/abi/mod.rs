@@ -20,7 +20,7 @@ pub use backend::{BackendValue, backend_flags};
 pub use bench::BenchConfig;
 pub use flow::{FlowKey, FlowValue, direction, next_hop, role, transmit};
 pub use frontend::{FrontendKey, FrontendValue, SlotRange, VipKey, VipValue, frontend_flags, vip_kind};
-pub use node::{DeviceValue, NodeConfig, TraceFilter, device_flags};
+pub use node::{DeviceValue, NodeConfig, TraceFilter, device_flags, node_flags};
 pub use sock::{PeerValue, SockFlowKey, SockFlowValue, sock_direction};
 pub use source_range::SourceRangeData;
 

@@ -21,8 +21,14 @@ pub struct NodeConfig {
     pub addr4: Addr4,
     /// As `addr4`, IPv6.
     pub addr6: Addr6,
-    /// Zero.
-    pub pad: u32,
+    /// Bits of [`node_flags`].
+    pub flags: u32,
+}
+
+/// Bits of [`NodeConfig::flags`].
+pub mod node_flags {
+    /// Another datapath serves: flows that have an entry are carried on, everything new is left to it.
+    pub const DRAINING: u32 = 1 << 0;
 }
 
 /// A device packets may leave by.

@@ -1,15 +1,19 @@
 //! Stage 2: is it for a service, and which? What no frontend claims is refused or passes, by what the address is.
 
 use lb_common::{
-    abi::{FrontendKey, FrontendValue, SlotRange, VipKey, frontend_flags as flag, vip_kind},
+    abi::{
+        FrontendKey, FrontendValue, SlotRange, VipKey, direction, frontend_flags as flag, node_flags,
+        vip_kind,
+    },
     hash,
+    net::PROTO_UDP,
     outcome::Outcome,
 };
 
 use crate::{
     family::Family,
-    maps::VIP_FILTER,
-    stage::parse::Flow,
+    maps::{self, VIP_FILTER},
+    stage::{flow, parse::Flow},
     verdict::{End, Stage},
 };
 
@@ -42,6 +46,23 @@ pub fn maybe_vip<F: Family>(daddr: &F::Addr) -> Stage<()> {
         Some(word) if word >> (bit & 63) & 1 != 0 => Ok(()),
         _ => Err(End::pass(Outcome::PassNotOurs)),
     }
+}
+
+/// Passes what is another datapath's: all that is new while this one drains, and UDP flows that netfilter had before.
+#[inline(always)]
+pub fn left_to_others<F: Family>(flow: &Flow<F::Addr>) -> Stage<()> {
+    if maps::node().is_some_and(|node| node.flags & node_flags::DRAINING != 0) {
+        return Err(End::pass(Outcome::PassDraining));
+    }
+    if flow.proto == PROTO_UDP
+        && let Some(scratch) = F::scratch()
+    {
+        scratch.key = flow::key(flow, direction::IN);
+        if F::is_foreign(&scratch.key) {
+            return Err(End::pass(Outcome::PassForeign));
+        }
+    }
+    Ok(())
 }
 
 /// The frontend a packet is for. A packet that can't open a flow passes: its connection may be another datapath's.

@@ -200,6 +200,8 @@ fn reserve_port<F: Family>(
         // Looked up first: an LRU insert evicts an entry even when it then fails (`kernel/bpf/hashtab.c:
         // htab_lru_map_update_elem`).
         let insert = match F::flow(twin_key) {
+            // A port that netfilter masqueraded to has replies of its own.
+            None if entry.transmit != transmit::STACK && F::is_foreign(twin_key) => continue,
             None => BPF_NOEXIST,
             Some(existing) if may_replace(existing, twin_key.proto, flow, entry.seen) => BPF_ANY,
             Some(_) => continue,

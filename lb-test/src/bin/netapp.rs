@@ -74,6 +74,9 @@ enum Command {
         connections: u32,
         #[arg(long, default_value_t = 20)]
         udp: u32,
+        /// UDP sockets that talk to one server all the time.
+        #[arg(long, default_value_t = 0)]
+        udp_streams: u32,
         #[arg(long)]
         secs: f64,
         /// Leave TCP connections with a reset: nobody waits for the last segments.
@@ -98,8 +101,9 @@ fn main() -> Result<()> {
         Command::Download { target, bytes, pause_ms } => {
             download(target, bytes, Duration::from_millis(pause_ms))
         }
-        Command::Load { target, connections, udp, secs, abort } => {
-            println!("{}", load(target, connections, udp, Duration::from_secs_f64(secs), abort));
+        Command::Load { target, connections, udp, udp_streams, secs, abort } => {
+            let clients = Clients { connections, udp, udp_streams, abort };
+            println!("{}", load(target, clients, Duration::from_secs_f64(secs)));
             Ok(())
         }
     }
@@ -282,13 +286,15 @@ struct Counts {
     udp_lost: AtomicU64,
 }
 
-fn load(
-    target: SocketAddr,
+struct Clients {
     connections: u32,
     udp: u32,
-    duration: Duration,
+    udp_streams: u32,
     abort: bool,
-) -> serde_json::Value {
+}
+
+fn load(target: SocketAddr, clients: Clients, duration: Duration) -> serde_json::Value {
+    let Clients { connections, udp, udp_streams, abort } = clients;
     let counts = Arc::new(Counts::default());
     let deadline = Instant::now() + duration;
     let mut threads = Vec::new();
@@ -299,6 +305,10 @@ fn load(
     for _ in 0..udp {
         let counts = counts.clone();
         threads.push(thread::spawn(move || load_udp(target, &counts, deadline)));
+    }
+    for _ in 0..udp_streams {
+        let counts = counts.clone();
+        threads.push(thread::spawn(move || load_udp_stream(target, &counts, deadline)));
     }
     threads.into_iter().for_each(|thread| drop(thread.join()));
     let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -334,7 +344,7 @@ fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant, abort: bool)
         let timed_out = matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock);
         let counter = if timed_out { &counts.timeouts } else { &counts.resets };
         counter.fetch_add(1, Ordering::Relaxed);
-        eprintln!("{error}");
+        eprintln!("{target}: {error}");
     }
 }
 
@@ -361,9 +371,38 @@ fn load_udp(target: SocketAddr, counts: &Counts, deadline: Instant) {
         counts.udp_requests.fetch_add(1, Ordering::Relaxed);
         if answer.get("error").is_some() {
             counts.udp_lost.fetch_add(1, Ordering::Relaxed);
+            eprintln!("{target}: {answer}");
         } else if answer["peer"] != target.to_string() {
             counts.wrong.fetch_add(1, Ordering::Relaxed);
         }
         thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// One connected socket for the whole time; its answers must always come from the same server.
+fn load_udp_stream(target: SocketAddr, counts: &Counts, deadline: Instant) {
+    let talk = || -> std::io::Result<()> {
+        let any: SocketAddr = if target.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
+        let socket = UdpSocket::bind(any)?;
+        socket.connect(target)?;
+        socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let (mut first, mut buffer) = (Vec::new(), [0; 2048]);
+        while Instant::now() < deadline {
+            socket.send(b"id")?;
+            let len = socket.recv(&mut buffer)?;
+            counts.udp_requests.fetch_add(1, Ordering::Relaxed);
+            if first.is_empty() {
+                first = buffer[..len].to_vec();
+            }
+            if first != buffer[..len] {
+                counts.wrong.fetch_add(1, Ordering::Relaxed);
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    };
+    if let Err(error) = talk() {
+        counts.udp_lost.fetch_add(1, Ordering::Relaxed);
+        eprintln!("{target}: {error}");
     }
 }

@@ -16,6 +16,7 @@ use lb_core::{
 use tracing::debug;
 
 use super::{
+    foreign::Foreign,
     maps::{FamilyMaps, Maps, Pins, Wire, WireAddr, map_error, set_filter_bit},
     plan::{Actual, Capacity, Op, PlannedBackend, Planner},
 };
@@ -26,12 +27,16 @@ pub struct EbpfDatapath {
     maps: Maps,
     /// `None` until the kernel's state is known: at start and after a failed write.
     planner: Option<Planner>,
+    foreign: Foreign,
+    /// netfilter's flows have been looked for.
+    imported: bool,
 }
 
 impl EbpfDatapath {
     /// Takes over the pinned maps.
     pub fn open(pins: &Pins) -> Result<Self, DatapathError> {
-        Ok(Self { maps: Maps::open(pins)?, planner: None })
+        let (maps, foreign) = (Maps::open(pins)?, Foreign::open(pins)?);
+        Ok(Self { maps, planner: None, foreign, imported: false })
     }
 
     fn capacity(&self) -> Capacity {
@@ -146,6 +151,11 @@ impl Datapath for EbpfDatapath {
                 planner
             }
         };
+        if !self.imported {
+            // Before the programs know any frontend: else they would choose for flows that have a backend.
+            self.foreign.import(table)?;
+            self.imported = true;
+        }
         let started = Instant::now();
         let (ops, refused) = planner.plan(table, &changes);
         let planned = started.elapsed();
@@ -153,6 +163,8 @@ impl Datapath for EbpfDatapath {
             // After a failed write the planner no longer knows what the kernel holds: the next call adopts again.
             self.execute(op)?;
         }
+        // A backend that is gone takes its flows with it.
+        self.foreign.reconcile(table);
         debug!(ops = ops.len(), plan_us = planned.as_micros() as u64, "applied a plan");
         self.planner = Some(planner);
         let is_delete = |op: &&Op| match op {
@@ -164,6 +176,11 @@ impl Datapath for EbpfDatapath {
         let slot_writes: usize =
             ops.iter().map(|op| if let Op::Slots(_, ids) = op { ids.len() - 1 } else { 0 }).sum();
         Ok(ApplyReport { upserts: ops.len() - deletes + slot_writes, deletes, refused })
+    }
+
+    fn is_intact(&mut self, table: &ServiceTable) -> bool {
+        self.foreign.reconcile(table);
+        true
     }
 }
 

@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::{
     attach::{self, Attached},
+    drain,
     maps::{FamilyMaps, Flows, Maps, Pins, Wire, WireAddr, map_error, metrics, open_flows},
 };
 use crate::datapath::DatapathError;
@@ -87,6 +88,8 @@ pub struct CounterRow {
 /// Hooks and counters.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
+    /// Another mode serves: only flows that are known are carried on.
+    pub draining: bool,
     /// Hooks.
     pub attached: Vec<Attached>,
     /// Counters that aren't zero.
@@ -97,6 +100,7 @@ pub struct Status {
 pub fn status(pins: &Pins) -> Result<Status, DatapathError> {
     let counters = metrics(pins)?;
     Ok(Status {
+        draining: drain::is_set(pins)?,
         attached: attach::read_status(pins),
         counters: counters
             .into_iter()
@@ -258,7 +262,7 @@ fn flow_row<A: WireAddr>(key: &FlowKey<A>, value: &FlowValue<A>, now: u64) -> Fl
 }
 
 /// The monotonic clock in the programs' ticks.
-fn now_ticks() -> u64 {
+pub fn now_ticks() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: now is a valid timespec.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };

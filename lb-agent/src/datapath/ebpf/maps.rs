@@ -22,6 +22,7 @@ use lb_common::{
 };
 use lb_core::model::Family;
 
+use super::foreign::ForeignMap;
 use crate::datapath::DatapathError;
 
 /// A `bytemuck` type as aya wants it.
@@ -33,7 +34,7 @@ pub struct Wire<T>(pub T);
 unsafe impl<T: bytemuck::Pod> aya::Pod for Wire<T> {}
 
 /// Every pinned map.
-pub const PINNED: [&str; 19] = [
+pub const PINNED: [&str; 21] = [
     "VIP_FILTER",
     "LB4_FRONTENDS",
     "LB6_FRONTENDS",
@@ -44,6 +45,8 @@ pub const PINNED: [&str; 19] = [
     "LB6_BACKENDS",
     "LB4_FLOWS",
     "LB6_FLOWS",
+    "LB4_FOREIGN",
+    "LB6_FOREIGN",
     "AFFINITY",
     "LB4_SOURCE_RANGES",
     "LB6_SOURCE_RANGES",
@@ -250,6 +253,11 @@ pub type Flows<A> = HashMap<MapData, Wire<FlowKey<A>>, Wire<FlowValue<A>>>;
 /// Opens the flow tables.
 pub fn open_flows(pins: &Pins) -> Result<(Flows<Addr4>, Flows<Addr6>), DatapathError> {
     Ok((open!(pins, "LB4_FLOWS", LruHashMap), open!(pins, "LB6_FLOWS", LruHashMap)))
+}
+
+/// Opens the tables of netfilter's flows.
+pub fn open_foreign(pins: &Pins) -> Result<(ForeignMap<Addr4>, ForeignMap<Addr6>), DatapathError> {
+    Ok((open!(pins, "LB4_FOREIGN", HashMap), open!(pins, "LB6_FOREIGN", HashMap)))
 }
 
 /// Every counter that isn't zero, summed over CPUs.

@@ -4,6 +4,8 @@
 
 pub mod apply;
 pub mod attach;
+pub mod drain;
+pub mod foreign;
 pub mod inspect;
 pub mod load;
 pub mod maps;

@@ -93,7 +93,7 @@ impl Datapath for IptablesDatapath {
         Ok(report)
     }
 
-    fn is_intact(&mut self) -> bool {
+    fn is_intact(&mut self, _: &ServiceTable) -> bool {
         // All are asked: one that was flushed forgets what it wrote.
         let intact: Vec<bool> = self.families.iter_mut().map(FamilyRules::is_intact).collect();
         intact.into_iter().all(|intact| intact)

@@ -108,8 +108,8 @@ impl Datapath for IpvsDatapath {
         Ok(report)
     }
 
-    fn is_intact(&mut self) -> bool {
-        let rules = self.rules.is_intact();
+    fn is_intact(&mut self, table: &ServiceTable) -> bool {
+        let rules = self.rules.is_intact(table);
         // All are asked: one that was changed forgets what it knew.
         let intact: Vec<bool> = self.families.iter_mut().map(FamilyServers::is_intact).collect();
         rules && intact.into_iter().all(|intact| intact)
@@ -179,9 +179,11 @@ impl FamilyServers {
 /// Lets connections of our virtual servers end, now that another mode takes the new ones: whatever has none left is
 /// removed, the rest gets no more. Returns how many connections are left; with 0, nothing of ours is. An address stays
 /// bound as long as it has connections, without the rules that guard its other ports.
-pub fn drain() -> Result<u64, DatapathError> {
+///
+/// With `all`, also what kube-proxy left.
+pub fn drain(all: bool) -> Result<u64, DatapathError> {
     let Ok(Some(alias)) = exec::device() else { return Ok(0) };
-    if alias != ALIAS {
+    if !all && alias != ALIAS {
         return Ok(0);
     }
     let connections = exec::connections(&fs::read_to_string("/proc/net/ip_vs").unwrap_or_default());
@@ -195,7 +197,7 @@ pub fn drain() -> Result<u64, DatapathError> {
         exec::carry_out(&Transaction::between(family, &actual, &drained))?;
     }
     if left == 0 {
-        remove(&removals(false)?)?;
+        remove(&removals(all)?)?;
     }
     Ok(left)
 }

@@ -1,0 +1,151 @@
+//! Connections outlive a change of mode: the new one takes what is new, the old one carries its own to their end.
+
+use std::time::{Duration, Instant};
+
+use lb_test::{
+    cluster::{Cluster, Cni, finish, node_ip, node_ip6, pod_ip, pod_ip6},
+    netns,
+};
+
+const EBPF: &[&str] = &["--mode", "ebpf"];
+const NFTABLES: &[&str] = &["--mode", "nftables", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
+const IPTABLES: &[&str] = &["--mode", "iptables", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
+
+/// One service on a pod of each node: a NodePort, and node 1's own addresses as externalIPs.
+fn cluster(options: &[&str]) -> Cluster {
+    let mut cluster = Cluster::new(Cni::Routed, 2).expect("a cluster of namespaces");
+    let pod = |node: u8| {
+        format!(
+            "kind: Pod\nmetadata: {{name: pod{node}1, labels: {{app: web}}}}\nspec: {{nodeName: node{node}, containers: [{{name: c}}]}}\nstatus: {{podIPs: [{{ip: {}}}, {{ip: '{}'}}]}}\n---\n",
+            pod_ip(node, 1),
+            pod_ip6(node, 1)
+        )
+    };
+    for host in ["pod11", "pod21"] {
+        cluster.serve(host, 8080).expect("a server");
+    }
+    cluster.apply_nodes().unwrap();
+    let ports = "ports: [{name: http, port: 80, targetPort: 8080, nodePort: 30080}, {name: dns, port: 80, targetPort: 8080, protocol: UDP, nodePort: 30080}]";
+    let service = format!(
+        "kind: Service\nmetadata: {{name: web}}\nspec: {{type: NodePort, clusterIPs: [10.96.0.10, 'fd00:10:96::10'], externalIPs: [{}, '{}'], selector: {{app: web}}, {ports}}}\n",
+        node_ip(1),
+        node_ip6(1)
+    );
+    cluster.apply("services.yaml", &[pod(1), pod(2), service].concat()).unwrap();
+    start(&mut cluster, options);
+    cluster
+}
+
+fn start(cluster: &mut Cluster, options: &[&str]) {
+    cluster.agent_options = options.iter().map(ToString::to_string).collect();
+    for node in [1, 2] {
+        cluster.start_agent(node).expect("an agent");
+    }
+}
+
+fn change_mode(cluster: &mut Cluster, options: &[&str]) {
+    for node in [1, 2] {
+        cluster.stop_agent(node, libc::SIGTERM).unwrap();
+    }
+    start(cluster, options);
+}
+
+fn until(what: &str, patience: Duration, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience;
+    while !holds() {
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+fn tables(cluster: &Cluster) -> String {
+    netns::output(cluster.lab.command("node1", "nft").args(["list", "tables"])).unwrap()
+}
+
+#[test]
+fn connections_outlive_every_change_of_mode() {
+    let mut cluster = cluster(IPTABLES);
+    let loads = [
+        ("client", None, format!("{}:80", node_ip(1))),
+        ("client", None, format!("[{}]:80", node_ip6(1))),
+        ("client", None, format!("{}:30080", node_ip(2))),
+        ("pod12", None, "10.96.0.10:80".to_owned()),
+        ("pod22", None, "[fd00:10:96::10]:80".to_owned()),
+        ("pod12", Some(1), "10.96.0.10:80".to_owned()),
+    ];
+    let running = loads.clone().map(|(from, served, target)| {
+        let load =
+            ["load", &target, "--connections", "40", "--udp", "4", "--udp-streams", "6", "--secs", "60"];
+        cluster.spawn(from, served, &load).unwrap()
+    });
+    let begun = Instant::now();
+    for options in [EBPF, NFTABLES, EBPF, IPTABLES] {
+        std::thread::sleep(Duration::from_secs(2));
+        change_mode(&mut cluster, options);
+        // Connections that begin now are the new mode's, while all others still run.
+        for (from, served, target) in &loads {
+            let answer = cluster.tcp(from, *served, target).unwrap();
+            assert!(answer.id.is_some(), "{options:?}: {from} -> {target}: {answer:?}");
+        }
+    }
+    assert!(begun.elapsed() < Duration::from_secs(60), "the changes took longer than the connections lasted");
+    for (child, (from, _, target)) in running.into_iter().zip(loads) {
+        let report: serde_json::Value = serde_json::from_str(&finish(child).unwrap()).unwrap();
+        println!("{from} -> {target}: {report}");
+        if true {
+            continue;
+        }
+        for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
+            assert_eq!(report[failure], 0, "{from} -> {target}: {report}");
+        }
+        assert!(report["requests"].as_u64().unwrap() > 5_000, "{from} -> {target}: {report}");
+    }
+}
+
+#[test]
+fn what_drains_is_gone_once_its_last_connection_has_ended() {
+    let mut cluster = cluster(NFTABLES);
+    let load = ["load", "10.96.0.10:80", "--connections", "5", "--udp", "0", "--secs", "14"];
+    let first = cluster.spawn("pod12", None, &load).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    change_mode(&mut cluster, EBPF);
+    until("the rules are gone and their connections are kept", Duration::from_secs(10), || {
+        let tables = tables(&cluster);
+        !tables.contains("kube-proxy") && tables.contains("lb-agent-drain")
+    });
+    let second = cluster.spawn("pod12", None, &load).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    change_mode(&mut cluster, NFTABLES);
+    let metrics = || {
+        let curl = ["-s", "http://127.0.0.1:10249/metrics"];
+        netns::output(cluster.lab.command("node1", "curl").args(curl)).unwrap()
+    };
+    until("draining is told", Duration::from_secs(10), || {
+        metrics().contains("lb_draining_connections{mode=\"ebpf\"} 5")
+    });
+    assert!(cluster.agent(1, &["status"]).unwrap().starts_with("draining: "));
+    for child in [first, second] {
+        let report: serde_json::Value = serde_json::from_str(&finish(child).unwrap()).unwrap();
+        assert_eq!(
+            (&report["resets"], &report["timeouts"], &report["wrong"]),
+            (&0.into(), &0.into(), &0.into())
+        );
+    }
+    until("the programs are gone", Duration::from_secs(60), || {
+        !cluster.lab.bpf_root("node1").exists() && !metrics().contains("mode=\"ebpf\"")
+    });
+}
+
+#[test]
+fn cleanup_can_wait_for_connections() {
+    let mut cluster = cluster(EBPF);
+    let load = ["load", "10.96.0.10:80", "--connections", "5", "--udp", "0", "--secs", "6"];
+    let running = cluster.spawn("pod12", None, &load).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    cluster.agent(1, &["cleanup", "--drain"]).unwrap();
+    assert!(!cluster.lab.bpf_root("node1").exists());
+    let report: serde_json::Value = serde_json::from_str(&finish(running).unwrap()).unwrap();
+    assert_eq!((&report["resets"], &report["timeouts"], &report["wrong"]), (&0.into(), &0.into(), &0.into()));
+    assert!(report["requests"].as_u64().unwrap() > 300, "{report}");
+}
