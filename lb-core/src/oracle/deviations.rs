@@ -4,8 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::{Client, Dialled, Oracle, Via, endpoints::Endpoints, is_dialable, served};
 use crate::{
-    flow::{Dialect, Flow, Origin},
-    model::{Protocol, Service, TrafficPolicy},
+    flow::{Answer, Dialect, Flow, Origin},
+    model::{Family, Protocol, Service, TrafficPolicy},
 };
 
 impl Oracle<'_> {
@@ -60,6 +60,25 @@ impl Oracle<'_> {
             Dialect::Ipvs => any_vip(),
             Dialect::Nftables => is(|service| service.cluster_ips.clone()) && !self.is_own(flow.dst),
             Dialect::Iptables => false,
+        }
+    }
+
+    /// iptables refuses NodePorts for want of endpoints at every local address, also at those that don't answer them;
+    /// but not in a family in which none does.
+    pub(super) fn refused_node_port(&self, flow: &Flow) -> Option<Answer> {
+        let of_family = |addr: IpAddr| Family::of(addr) == Family::of(flow.dst);
+        let mut own = self.node.addresses.iter().copied().chain([Ipv4Addr::LOCALHOST.into()]);
+        if self.dialect != Dialect::Iptables || !self.is_own(flow.dst) {
+            return None;
+        }
+        // At an address that does answer them.
+        let answering = own.find(|addr| of_family(*addr) && self.answers_node_ports(*addr))?;
+        let there = Flow { dst: answering, ..*flow };
+        let dialled = self.dialled(&there).filter(|dialled| dialled.via == Via::NodePort)?;
+        // What nobody short-circuits is from outside.
+        match self.serve(&there, Client::Outside, &dialled) {
+            Answer::Serve(_) | Answer::Pass => None,
+            refusal => Some(refusal),
         }
     }
 

@@ -88,9 +88,9 @@ impl Oracle<'_> {
             return Answer::Pass;
         }
         match self.dialled(flow) {
-            Some(dialled) => self.serve(flow, &dialled),
+            Some(dialled) => self.serve(flow, self.client(flow), &dialled),
             None if self.refuses_unknown_port(flow) => Answer::Reject,
-            None => Answer::Pass,
+            None => self.refused_node_port(flow).unwrap_or(Answer::Pass),
         }
     }
 
@@ -121,7 +121,7 @@ impl Oracle<'_> {
         })
     }
 
-    fn serve(&self, flow: &Flow, dialled: &Dialled<'_>) -> Answer {
+    fn serve(&self, flow: &Flow, client: Client, dialled: &Dialled<'_>) -> Answer {
         let family = Family::of(flow.dst);
         let slices = self.cluster.slices(dialled.service);
         let endpoints = Endpoints::of(dialled.port, family, &slices, self.node, self.zone());
@@ -131,7 +131,6 @@ impl Oracle<'_> {
         if !endpoints.any() {
             return if self.lets_refusals_out(flow, dialled) { Answer::Pass } else { Answer::Reject };
         }
-        let client = self.client(flow);
         let mut list = match self.policy_for(client, dialled) {
             TrafficPolicy::Cluster => endpoints.cluster(),
             TrafficPolicy::Local => endpoints.local(),
@@ -187,8 +186,12 @@ impl Oracle<'_> {
         }
         let covers = |addr: &IpAddr| ranges.iter().any(|range| range.contains(addr));
         let node_may = self.node.addresses.iter().any(covers);
-        // A node that has the VIP itself dials it from that very address.
-        let from_vip = service.load_balancer_ips.contains(&flow.source);
+        // A node that has the VIP itself dials it from that very address; if the VIP is another Service's it is no
+        // VIP of this one.
+        let from_vip = service.load_balancer_ips.contains(&flow.source)
+            && self
+                .dialled(&Flow { dst: flow.source, ..*flow })
+                .is_some_and(|there| there.service.name == service.name && there.via == Via::LoadBalancer);
         match self.knows_node_by_address(flow) {
             true => !(covers(&flow.source) || node_may && from_vip),
             false => !node_may,

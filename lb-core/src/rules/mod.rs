@@ -9,6 +9,7 @@ pub mod names;
 pub mod nftables;
 #[cfg(test)]
 mod tests;
+pub mod trace;
 
 use std::{
     fmt,
