@@ -6,8 +6,9 @@ use std::path::Path;
 use lb_core::{
     evaluate::evaluate,
     flow::{Answer, Dialect, Flow},
+    model::Family,
     oracle::Oracle,
-    rules::trace,
+    rules::{nftables, trace},
 };
 use lb_test::flows::{Paper, PaperNode};
 
@@ -42,5 +43,18 @@ fn iptables_rules_give_every_answer() {
     check(&paper, "rules", Dialect::Iptables, |node, flow| {
         let rules = trace::Iptables::new(&node.table, &node.view, &config);
         rules.trace(flow).unwrap_or_else(|error| panic!("{error}"))
+    });
+}
+
+#[test]
+fn nftables_rules_give_every_answer() {
+    let paper = paper("nftables");
+    let config = paper.rules_config();
+    check(&paper, "rules", Dialect::Nftables, |node, flow| {
+        let text = [Family::V4, Family::V6]
+            .map(|family| nftables::Rules::all(&node.table, family, &config).to_string())
+            .concat();
+        let rules = trace::Nftables::read(&text, &node.view);
+        rules.and_then(|rules| rules.trace(flow)).unwrap_or_else(|error| panic!("{error}"))
     });
 }

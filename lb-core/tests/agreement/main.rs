@@ -8,14 +8,15 @@ use lb_core::{
     compile::compile,
     evaluate::evaluate,
     flow::{Answer, Dialect, Flow},
+    model::Family,
     oracle::Oracle,
-    rules::trace,
+    rules::{nftables, trace},
     table::ServiceTable,
 };
 use random::{Random, Scene};
 
 /// Clusters of each run, and flows in each.
-const CLUSTERS: u64 = 1500;
+const CLUSTERS: u64 = 1000;
 const FLOWS: usize = 120;
 
 /// How often each answer came: a generator that never gets anything refused tests nothing.
@@ -81,6 +82,21 @@ fn iptables_rules_do_what_the_reference_says() {
     compare(
         Dialect::Iptables,
         |scene, table| trace::Iptables::new(&table, &scene.node, &scene.rules_config()),
+        |rules, flow| rules.trace(flow).unwrap_or_else(|error| panic!("{error}")),
+    );
+}
+
+#[test]
+fn nftables_rules_do_what_the_reference_says() {
+    compare(
+        Dialect::Nftables,
+        |scene, table| {
+            let config = scene.rules_config();
+            let text = [Family::V4, Family::V6]
+                .map(|family| nftables::Rules::all(&table, family, &config).to_string())
+                .concat();
+            trace::Nftables::read(&text, &scene.node).unwrap_or_else(|error| panic!("{error}"))
+        },
         |rules, flow| rules.trace(flow).unwrap_or_else(|error| panic!("{error}")),
     );
 }

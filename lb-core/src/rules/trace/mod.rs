@@ -5,6 +5,10 @@
 //! both ways are followed: the answer holds every backend that can be reached.
 
 mod iptables;
+mod nft_syntax;
+mod nftables;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::BTreeMap,
@@ -12,6 +16,7 @@ use std::{
 };
 
 pub use iptables::Iptables;
+pub use nftables::Nftables;
 
 use crate::{
     flow::{Answer, Flow, Origin, Source},
@@ -24,6 +29,9 @@ pub enum TraceError {
     /// A rule leads to a chain that isn't there.
     #[error("a rule leads to chain {0}, which does not exist")]
     NoChain(String),
+    /// A rule asks a set or map that isn't there.
+    #[error("a rule asks set {0}, which does not exist")]
+    NoSet(String),
     /// Chains lead to each other in a circle.
     #[error("chain {0} leads back to itself")]
     Circle(String),
