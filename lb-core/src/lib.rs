@@ -8,8 +8,11 @@
 
 pub mod compile;
 mod display;
+pub mod evaluate;
+pub mod flow;
 pub mod ids;
 pub mod model;
+pub mod oracle;
 mod pods;
 pub mod rules;
 pub mod snapshot;

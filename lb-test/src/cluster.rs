@@ -73,6 +73,18 @@ pub fn pod_ip6(node: u8, pod: u8) -> String {
     format!("fd00:10:244:{node}::{}", 10 + pod)
 }
 
+/// Both Nodes as manifests.
+pub fn node_manifests() -> String {
+    let node = |node| {
+        format!(
+            "kind: Node\nmetadata: {{name: node{node}}}\nstatus: {{addresses: [{{type: InternalIP, address: {}}}, {{type: InternalIP, address: '{}'}}]}}\n---\n",
+            node_ip(node),
+            node_ip6(node)
+        )
+    };
+    node(1) + &node(2)
+}
+
 impl Cluster {
     /// A client and two nodes, each with `pods` pods named `pod<node><number>` from 1 up.
     pub fn new(cni: Cni, pods: u8) -> Result<Self> {
@@ -175,14 +187,7 @@ impl Cluster {
 
     /// Both Nodes as manifests.
     pub fn apply_nodes(&self) -> Result<()> {
-        let node = |node| {
-            format!(
-                "kind: Node\nmetadata: {{name: node{node}}}\nstatus: {{addresses: [{{type: InternalIP, address: {}}}, {{type: InternalIP, address: '{}'}}]}}\n---\n",
-                node_ip(node),
-                node_ip6(node)
-            )
-        };
-        self.apply("nodes.yaml", &(node(1) + &node(2)))
+        self.apply("nodes.yaml", &node_manifests())
     }
 
     /// Starts a server in a namespace, on all addresses.

@@ -1,381 +1,19 @@
 //! Real sockets against real programs: every way to a service, in both families and with both ways of wiring pods.
 
-use lb_test::cluster::{Answer, CLIENT, CLIENT6, Cluster, Cni, node_ip, node_ip6, pod_ip, pod_ip6};
-
-/// Web on pods 11 and 21 (one each node), `only1` on pod 11 alone, `far` on pod 21 alone, and services with policies.
-fn manifests() -> String {
-    let pod = |node: u8, number: u8| {
-        format!(
-            "kind: Pod\nmetadata: {{name: pod{node}{number}, labels: {{app: web, pod: pod{node}{number}}}}}\nspec: {{nodeName: node{node}, containers: [{{name: c, ports: [{{containerPort: 8080, name: http}}, {{containerPort: 8080, name: dns, protocol: UDP}}]}}]}}\nstatus: {{podIPs: [{{ip: {}}}, {{ip: '{}'}}]}}\n---\n",
-            pod_ip(node, number),
-            pod_ip6(node, number)
-        )
-    };
-    let both = "ports: [{name: http, port: 80, targetPort: http, nodePort: NP}, {name: dns, port: 80, targetPort: dns, protocol: UDP, nodePort: NP}]";
-    let service = |name: &str, ip: u8, selector: &str, node_port: u16, more: &str| {
-        format!(
-            "kind: Service\nmetadata: {{name: {name}}}\nspec: {{type: NodePort, clusterIPs: [10.96.0.{ip}, 'fd00:10:96::{ip}'], selector: {{{selector}}}, {}, {more}}}\n---\n",
-            both.replace("NP", &node_port.to_string())
-        )
-    };
-    [
-        pod(1, 1),
-        pod(2, 1),
-        service("web", 10, "app: web", 30080, &format!("externalIPs: [{}, 198.51.100.10, '2001:db8:ffff::10']", node_ip(1))),
-        service("near", 11, "pod: pod11", 30081, "externalIPs: [198.51.100.11, '2001:db8:ffff::11']"),
-        service("far", 12, "pod: pod21", 30082, "externalIPs: [198.51.100.12, '2001:db8:ffff::12']"),
-        service("sticky", 13, "app: web", 30083, "sessionAffinity: ClientIP"),
-        service("local", 14, "pod: pod11", 30084, "externalTrafficPolicy: Local, internalTrafficPolicy: Local, externalIPs: [198.51.100.14]"),
-        service("none", 15, "app: nobody", 30085, "externalIPs: [198.51.100.15]"),
-        format!(
-            "kind: Service\nmetadata: {{name: ranged}}\nspec: {{type: LoadBalancer, clusterIP: 10.96.0.16, selector: {{app: web}}, loadBalancerSourceRanges: [{CLIENT}/32], ports: [{{port: 80, targetPort: http}}]}}\nstatus: {{loadBalancer: {{ingress: [{{ip: 198.51.100.16}}]}}}}\n---\n"
-        ),
-        "kind: Service\nmetadata: {name: closed}\nspec: {type: LoadBalancer, clusterIP: 10.96.0.17, selector: {app: web}, loadBalancerSourceRanges: [203.0.113.0/24], ports: [{port: 80, targetPort: http}]}\nstatus: {loadBalancer: {ingress: [{ip: 198.51.100.17}]}}\n---\n".to_string(),
-    ]
-    .concat()
-}
-
-fn cluster(cni: Cni, options: &[&str]) -> Cluster {
-    let mut cluster = Cluster::new(cni, 2).expect("a cluster of namespaces");
-    cluster.agent_options = options.iter().map(ToString::to_string).collect();
-    for host in ["pod11", "pod21"] {
-        cluster.serve(host, 8080).expect("a server");
-    }
-    for node in ["node1", "node2"] {
-        cluster.serve(node, 9000).expect("a server");
-    }
-    // Addresses that no node has are routed to node 1.
-    cluster.lab.ip("client", &format!("route add 198.51.100.0/24 via {}", node_ip(1))).unwrap();
-    cluster.lab.ip("client", &format!("-6 route add 2001:db8:ffff::/64 via {}", node_ip6(1))).unwrap();
-    cluster.apply_nodes().unwrap();
-    cluster.apply("services.yaml", &manifests()).unwrap();
-    cluster.start_agent(1).expect("an agent");
-    cluster.start_agent(2).expect("an agent");
-    if !options.contains(&"--mode") {
-        cluster.wait_for(1, "10.96.0.10:80/TCP", 2).unwrap();
-        cluster.wait_for(2, "10.96.0.10:80/TCP", 2).unwrap();
-    }
-    cluster
-}
-
-/// One question and what must come of it.
-struct Row {
-    what: &'static str,
-    from: &'static str,
-    /// In this node's cgroup tree: its socket calls are translated. Else its packets are.
-    served: Option<u8>,
-    target: String,
-    /// The server, or the error.
-    expect: Result<&'static [&'static str], &'static str>,
-    /// The client's address as the server sees it.
-    client: Option<String>,
-    /// What kube-proxy's rules make of it where that differs on purpose.
-    netfilter: Option<Difference>,
-    /// What its nftables do that its iptables rules don't.
-    nftables: Option<Difference>,
-}
-
-/// A deliberate difference between datapaths.
-struct Difference {
-    expect: Result<&'static [&'static str], &'static str>,
-    client: Option<String>,
-}
-
-impl Row {
-    /// kube-proxy's rules masquerade whatever policy Cluster takes in from anywhere but a ClusterIP.
-    fn masqueraded(mut self, node: &str) -> Self {
-        self.netfilter = Some(Difference { expect: self.expect, client: Some(node.to_owned()) });
-        self
-    }
-
-    /// kube-proxy's rules don't know this packet; wherever it goes, nobody answers as the service.
-    fn passed(mut self) -> Self {
-        self.netfilter = Some(Difference { expect: Err(UNSERVED), client: None });
-        self
-    }
-
-    /// kube-proxy's rules refuse with ICMP. Over a wire without delay the answer to a SYN is there before connect(2)
-    /// lets go of the socket, and IPv6 sockets heed the next one only (`tcp_v6_err`).
-    fn refused_by_icmp(mut self) -> Self {
-        self.netfilter = Some(Difference { expect: Err(REFUSED_LATE), client: None });
-        self
-    }
-
-    /// kube-proxy's rules drop in silence what a socket hook refuses.
-    fn dropped(mut self) -> Self {
-        self.netfilter = Some(Difference { expect: Err("timeout"), client: None });
-        self
-    }
-
-    /// kube-proxy's nftables serve no NodePorts on loopback.
-    fn not_on_loopback(mut self) -> Self {
-        self.nftables = Some(Difference { expect: Err("refused"), client: None });
-        self
-    }
-
-    /// The row as kube-proxy's rules serve it.
-    fn with_rules(mut self, nftables: bool) -> Self {
-        let special = self.nftables.take().filter(|_| nftables);
-        if let Some(difference) = special.or(self.netfilter.take()) {
-            self.expect = difference.expect;
-            self.client = difference.client;
-        }
-        self
-    }
-}
-
-/// Refused, but perhaps only at the first retransmission.
-const REFUSED_LATE: &str = "refused late";
-
-/// Any error at all.
-const UNSERVED: &str = "unserved";
-
-const ANY: &[&str] = &["pod11", "pod21"];
-
-fn row(
-    what: &'static str,
-    from: &'static str,
-    served: Option<u8>,
-    target: impl Into<String>,
-    expect: Result<&'static [&'static str], &'static str>,
-    client: Option<&str>,
-) -> Row {
-    Row {
-        what,
-        from,
-        served,
-        target: target.into(),
-        expect,
-        client: client.map(str::to_owned),
-        netfilter: None,
-        nftables: None,
-    }
-}
-
-fn rows() -> Vec<Row> {
-    let mut rows = Vec::new();
-    for (v6, vip, ext, node, pod, client) in [
-        (
-            false,
-            "10.96.0.",
-            "198.51.100.",
-            node_ip as fn(u8) -> String,
-            pod_ip as fn(u8, u8) -> String,
-            CLIENT,
-        ),
-        (true, "fd00:10:96::", "2001:db8:ffff::", node_ip6, pod_ip6, CLIENT6),
-    ] {
-        let at =
-            |addr: &str, port: u16| if v6 { format!("[{addr}]:{port}") } else { format!("{addr}:{port}") };
-        let vip = |n: u8| at(&format!("{vip}{n}"), 80);
-        let ext = |n: u8| at(&format!("{ext}{n}"), 80);
-        let np = |n: u8, port: u16| at(&node(n), port);
-        // Sockets.
-        rows.push(row("pod to service", "pod12", Some(1), vip(10), Ok(ANY), Some(&pod(1, 2))));
-        rows.push(row(
-            "pod to backend on this node",
-            "pod12",
-            Some(1),
-            vip(11),
-            Ok(&["pod11"]),
-            Some(&pod(1, 2)),
-        ));
-        rows.push(row(
-            "pod to backend on the other node",
-            "pod12",
-            Some(1),
-            vip(12),
-            Ok(&["pod21"]),
-            Some(&pod(1, 2)),
-        ));
-        rows.push(row("pod to itself", "pod11", Some(1), vip(11), Ok(&["pod11"]), None));
-        rows.push(row("host to service", "node1", Some(1), vip(10), Ok(ANY), None));
-        rows.push(row("host to external IP", "node2", Some(2), ext(12), Ok(&["pod21"]), None));
-        rows.push(row("pod to node port", "pod12", Some(1), np(1, 30080), Ok(ANY), None));
-        rows.push(row("no endpoints", "pod12", Some(1), vip(15), Err("refused"), None).refused_by_icmp());
-        rows.push(
-            row("unknown port of a VIP", "pod12", Some(1), vip(10).replace("80", "81"), Err("refused"), None)
-                .passed(),
-        );
-        // Packets of pods.
-        rows.push(row("veth: pod to service", "pod12", None, vip(10), Ok(ANY), Some(&pod(1, 2))));
-        rows.push(row(
-            "veth: backend on this node",
-            "pod12",
-            None,
-            vip(11),
-            Ok(&["pod11"]),
-            Some(&pod(1, 2)),
-        ));
-        rows.push(row(
-            "veth: backend on the other node",
-            "pod12",
-            None,
-            vip(12),
-            Ok(&["pod21"]),
-            Some(&pod(1, 2)),
-        ));
-        rows.push(row("veth: pod to itself", "pod11", None, vip(11), Ok(&["pod11"]), Some(&node(1))));
-        rows.push(row("veth: no endpoints", "pod12", None, vip(15), Err("refused"), None).refused_by_icmp());
-        rows.push(
-            row("veth: unknown port", "pod12", None, vip(10).replace("80", "81"), Err("refused"), None)
-                .passed(),
-        );
-        rows.push(
-            row("veth: node port", "pod12", None, np(1, 30082), Ok(&["pod21"]), Some(&pod(1, 2)))
-                .masqueraded(&node(1)),
-        );
-        // From outside.
-        rows.push(row("outside to external IP", "client", None, ext(10), Ok(ANY), None));
-        rows.push(
-            row("local backend sees the client", "client", None, ext(11), Ok(&["pod11"]), Some(client))
-                .masqueraded(&node(1)),
-        );
-        rows.push(row(
-            "remote backend sees the node",
-            "client",
-            None,
-            ext(12),
-            Ok(&["pod21"]),
-            Some(&node(1)),
-        ));
-        rows.push(
-            row("node port, local", "client", None, np(1, 30081), Ok(&["pod11"]), Some(client))
-                .masqueraded(&node(1)),
-        );
-        rows.push(row("node port, remote", "client", None, np(2, 30081), Ok(&["pod11"]), Some(&node(2))));
-        rows.push(
-            row("node port 2, local", "client", None, np(2, 30082), Ok(&["pod21"]), Some(client))
-                .masqueraded(&node(2)),
-        );
-        rows.push(
-            row("node port without endpoints", "client", None, np(1, 30085), Err("refused"), None)
-                .refused_by_icmp(),
-        );
-        rows.push(
-            row(
-                "unknown port of a VIP, outside",
-                "client",
-                None,
-                ext(11).replace("80", "81"),
-                Err("refused"),
-                None,
-            )
-            .passed(),
-        );
-        rows.push(row(
-            "eTP Local keeps the client",
-            "client",
-            None,
-            np(1, 30084),
-            Ok(&["pod11"]),
-            Some(client),
-        ));
-        rows.push(row("eTP Local without endpoint here", "client", None, np(2, 30084), Err("timeout"), None));
-        rows.push(row("another port of a node", "client", None, np(1, 9000), Ok(&["node1"]), Some(client)));
-        rows.push(row(
-            "another port, from the other node",
-            "node2",
-            Some(2),
-            np(1, 9000),
-            Ok(&["node1"]),
-            None,
-        ));
-    }
-    let node1 = format!("{}:80", node_ip(1));
-    rows.push(row("node's own address as external IP", "client", None, &*node1, Ok(ANY), None));
-    rows.push(row("the same, from the other node", "node2", Some(2), &*node1, Ok(ANY), None));
-    rows.push(
-        row("the same, from a pod", "pod12", None, &*node1, Ok(ANY), Some(&pod_ip(1, 2)))
-            .masqueraded(&node_ip(1)),
-    );
-    rows.push(
-        row("localhost node port, host", "node1", Some(1), "127.0.0.1:30080", Ok(ANY), None)
-            .not_on_loopback(),
-    );
-    rows.push(row("localhost node port, pod", "pod12", Some(1), "127.0.0.1:30080", Err("refused"), None));
-    rows.push(row("iTP Local", "pod12", Some(1), "10.96.0.14:80", Ok(&["pod11"]), None));
-    rows.push(
-        row("iTP Local without endpoint here", "pod22", Some(2), "10.96.0.14:80", Err("denied"), None)
-            .dropped(),
-    );
-    rows.push(row(
-        "veth: iTP Local without endpoint here",
-        "pod22",
-        None,
-        "10.96.0.14:80",
-        Err("timeout"),
-        None,
-    ));
-    rows.push(row("allowed source", "client", None, "198.51.100.16:80", Ok(ANY), None));
-    rows.push(row("source not allowed", "client", None, "198.51.100.17:80", Err("timeout"), None));
-    rows.push(row("veth: source not allowed", "pod12", None, "198.51.100.16:80", Err("timeout"), None));
-    rows.push(row("ranges are met at the veth", "pod12", Some(1), "198.51.100.16:80", Err("timeout"), None));
-    rows
-}
-
-/// Asks one row's question by one kind of socket and says what is wrong with the answer.
-fn check(cluster: &Cluster, row: &Row, how: &[&str]) -> Option<String> {
-    let late = row.expect == Err(REFUSED_LATE);
-    let timeout = if late { "2500" } else { "1000" };
-    let args = [&how[..1], &[&*row.target, "--timeout-ms", timeout], &how[1..]].concat();
-    let answer = match cluster.ask(row.from, row.served, &args) {
-        Ok(answers) => answers.into_iter().next().unwrap_or_default(),
-        Err(error) => Answer { error: Some(format!("{error:#}")), ..Answer::default() },
-    };
-    let right = match &row.expect {
-        Ok(servers) => {
-            answer.id.as_deref().is_some_and(|id| servers.contains(&id))
-                && row.client.as_ref().is_none_or(|client| answer.client.as_ref() == Some(client))
-                && answer.peer.as_ref() == Some(&row.target)
-        }
-        // The kernel tells an unconnected UDP socket of no ICMP error (udp(7)): only a socket hook can.
-        Err("refused") if how == ["udp"] => matches!(answer.error.as_deref(), Some("refused" | "timeout")),
-        Err(REFUSED_LATE) if how == ["udp"] => matches!(answer.error.as_deref(), Some("refused" | "timeout")),
-        Err(REFUSED_LATE) => answer.error.as_deref() == Some("refused"),
-        Err(UNSERVED) => answer.error.is_some(),
-        Err(error) => answer.error.as_deref() == Some(*error),
-    };
-    // A refusal is at once: it doesn't wait for a retransmission.
-    let prompt = late || answer.error.as_deref() != Some("refused") || answer.ms < 900;
-    (!right || !prompt).then(|| {
-        format!(
-            "{}: {how:?} {} -> {}: wanted {:?} client {:?}, got {answer:?}",
-            row.what, row.from, row.target, row.expect, row.client
-        )
-    })
-}
-
-fn check_all(cluster: &Cluster) {
-    check_rows(cluster, rows());
-}
-
-fn check_rows(cluster: &Cluster, rows: Vec<Row>) {
-    let mut failures = Vec::new();
-    for row in rows {
-        failures.extend(check(cluster, &row, &["tcp"]));
-        if !row.target.starts_with("198.51.100.16") && !row.target.starts_with("198.51.100.17") {
-            failures.extend(check(cluster, &row, &["udp"]));
-            failures.extend(check(cluster, &row, &["udp", "--connected"]));
-        }
-    }
-    let failures: Vec<&String> = failures.iter().collect();
-    assert!(
-        failures.is_empty(),
-        "{} rows fail:\n{failures:#?}\n{}",
-        failures.len(),
-        cluster.agent(1, &["status"]).unwrap_or_else(|error| error.to_string())
-    );
-}
+use lb_core::flow::Dialect;
+use lb_test::{
+    cluster::{CLIENT, Cluster, Cni, node_ip, node_ip6, pod_ip, pod_ip6},
+    flows::{CLUSTER_CIDR, check_all, cluster, manifests},
+};
 
 #[test]
 fn every_path_with_bridged_pods() {
-    check_all(&cluster(Cni::Bridge, &[]));
+    check_all(&cluster(Cni::Bridge, &[]), Dialect::Ebpf);
 }
 
 #[test]
 fn every_path_with_routed_pods() {
-    check_all(&cluster(Cni::Routed, &[]));
+    check_all(&cluster(Cni::Routed, &[]), Dialect::Ebpf);
 }
 
 #[test]
@@ -425,7 +63,7 @@ fn clients_with_affinity_keep_their_backend() {
     }
     let answers =
         cluster.ask("client", None, &["tcp", &format!("{}:30080", node_ip(1)), "--count", "40"]).unwrap();
-    for pod in ANY {
+    for pod in ["pod11", "pod21"] {
         let share = answers.iter().filter(|answer| answer.id.as_deref() == Some(pod)).count();
         assert!((5..=35).contains(&share), "without affinity both serve: {pod} had {share} of 40");
     }
@@ -550,7 +188,7 @@ fn traced_packets_show_every_decision() {
 #[test]
 fn every_path_with_clsact_filters() {
     let mut cluster = cluster(Cni::Bridge, &["--tc-mode", "clsact"]);
-    check_all(&cluster);
+    check_all(&cluster, Dialect::Ebpf);
     let clsact = |cluster: &Cluster| {
         let programs = cluster.lab.tc_programs("node1", "eth0").unwrap();
         programs.len() == 2 && programs.iter().all(|program| program.contains("clsact/"))
@@ -595,7 +233,7 @@ fn an_agent_with_another_map_layout_takes_over() {
 fn every_path_with_xdp_in_the_driver() {
     let mut cluster = cluster(Cni::Bridge, &["--xdp-mode", "native"]);
     like_a_wire(&mut cluster);
-    check_all(&cluster);
+    check_all(&cluster, Dialect::Ebpf);
     let status = cluster.agent(1, &["status"]).unwrap();
     let counted =
         |outcome: &str| status.lines().any(|line| line.starts_with("xdp ") && line.contains(outcome));
@@ -656,24 +294,14 @@ fn maps_are_readable_with_bpftool() {
     }
 }
 
-const NFTABLES: [&str; 4] = ["--mode", "nftables", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
-const IPTABLES: [&str; 4] = ["--mode", "iptables", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
-
 #[test]
 fn every_path_with_iptables() {
-    check_all_with_rules(&cluster(Cni::Routed, &IPTABLES), false);
+    let options = ["--mode", "iptables", "--cluster-cidr", CLUSTER_CIDR];
+    check_all(&cluster(Cni::Routed, &options), Dialect::Iptables);
 }
 
 #[test]
 fn every_path_with_nftables() {
-    check_all_with_rules(&cluster(Cni::Routed, &NFTABLES), true);
-}
-
-fn check_all_with_rules(cluster: &Cluster, nftables: bool) {
-    for node in ["node1", "node2"] {
-        // The kernel sends one peer a few ICMP errors a second only: fewer than the rows that are to be refused.
-        cluster.lab.sysctl(node, "net.ipv4.icmp_ratelimit", "0").unwrap();
-        cluster.lab.sysctl(node, "net.ipv6.icmp.ratelimit", "0").unwrap();
-    }
-    check_rows(cluster, rows().into_iter().map(|row| row.with_rules(nftables)).collect());
+    let options = ["--mode", "nftables", "--cluster-cidr", CLUSTER_CIDR];
+    check_all(&cluster(Cni::Routed, &options), Dialect::Nftables);
 }

@@ -7,6 +7,9 @@ use crate::{build_ebpf, cargo, tidy};
 /// Crates with tests that need no root.
 pub const UNPRIVILEGED: [&str; 4] = ["xtask", "lb-common", "lb-core", "lb-agent"];
 
+/// Tests that need no root in a crate whose other tests do.
+pub const UNPRIVILEGED_OF_LB_TEST: [&str; 5] = ["test", "-p", "lb-test", "--test", "flow_table"];
+
 /// Formats (checks), lints, tidies, tests.
 pub fn run() -> Result<()> {
     cargo::run(&["fmt", "--all", "--check"])?;
@@ -24,5 +27,6 @@ pub fn run() -> Result<()> {
     tidy::run()?;
     let mut args = vec!["test", "--quiet"];
     UNPRIVILEGED.iter().for_each(|name| args.extend(["-p", name]));
-    cargo::run(&args)
+    cargo::run(&args)?;
+    cargo::run(&UNPRIVILEGED_OF_LB_TEST)
 }

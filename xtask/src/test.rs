@@ -8,7 +8,12 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::{build_ebpf, cargo::is_root, check::UNPRIVILEGED, tidy};
+use crate::{
+    build_ebpf,
+    cargo::is_root,
+    check::{UNPRIVILEGED, UNPRIVILEGED_OF_LB_TEST},
+    tidy,
+};
 
 /// A ring of tests, least power first.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -44,6 +49,7 @@ pub fn run(rings: &[Ring]) -> Result<()> {
                 let mut args = vec!["test", "--no-fail-fast"];
                 UNPRIVILEGED.iter().for_each(|name| args.extend(["-p", name]));
                 cargo_test(&args, &mut sum)?;
+                cargo_test(&UNPRIVILEGED_OF_LB_TEST, &mut sum)?;
             }
             Ring::Packet => {
                 build_ebpf::verify()?;

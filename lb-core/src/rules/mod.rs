@@ -10,6 +10,7 @@ pub mod names;
 pub mod nftables;
 #[cfg(test)]
 mod tests;
+pub mod trace;
 
 use std::{
     fmt,

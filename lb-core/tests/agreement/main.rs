@@ -1,0 +1,102 @@
+//! The reference against what is compiled and rendered: random clusters, random flows, one answer.
+//!
+//! Whoever is wrong is corrected, by kube-proxy's sources and README's list of deliberate differences.
+
+mod random;
+
+use lb_core::{
+    compile::compile,
+    evaluate::evaluate,
+    flow::{Answer, Dialect, Flow},
+    model::Family,
+    oracle::Oracle,
+    rules::{nftables, trace},
+    table::ServiceTable,
+};
+use random::{Random, Scene};
+
+/// Clusters of each run, and flows in each.
+const CLUSTERS: u64 = 1000;
+const FLOWS: usize = 120;
+
+/// How often each answer came: a generator that never gets anything refused tests nothing.
+#[derive(Debug, Default)]
+struct Seen {
+    served: u32,
+    masqueraded: u32,
+    rejected: u32,
+    dropped: u32,
+    passed: u32,
+}
+
+impl Seen {
+    fn count(&mut self, answer: &Answer) {
+        use lb_core::flow::Source;
+        match answer {
+            Answer::Serve(backends) => {
+                self.served += 1;
+                self.masqueraded += u32::from(backends.values().any(|source| *source == Source::Masqueraded));
+            }
+            Answer::Reject => self.rejected += 1,
+            Answer::Drop => self.dropped += 1,
+            Answer::Pass => self.passed += 1,
+        }
+    }
+
+    fn is_varied(&self) -> bool {
+        [self.served, self.masqueraded, self.rejected, self.dropped, self.passed].iter().all(|n| *n > 1000)
+    }
+}
+
+/// Asks `datapath` for a scene's answers and compares each with the reference's.
+fn compare<D>(dialect: Dialect, make: impl Fn(&Scene, ServiceTable) -> D, ask: impl Fn(&D, &Flow) -> Answer) {
+    let mut seen = Seen::default();
+    for seed in 1..=CLUSTERS {
+        let mut random = Random::new(seed);
+        let scene = Scene::random(&mut random);
+        let table = compile(&scene.cluster, &scene.node, &scene.compile_config()).table;
+        let datapath = make(&scene, table.clone());
+        let oracle = Oracle { cluster: &scene.cluster, node: &scene.node, policy: &scene.policy, dialect };
+        for _ in 0..FLOWS {
+            let flow = scene.flow(&mut random);
+            let wanted = oracle.answer(&flow);
+            let got = ask(&datapath, &flow);
+            assert_eq!(
+                wanted, got,
+                "{dialect}, cluster {seed}: {flow}\n  reference: {wanted}\n  datapath:  {got}\n{:#?}\n{table}",
+                scene.policy
+            );
+            seen.count(&wanted);
+        }
+    }
+    assert!(seen.is_varied(), "{dialect}: the flows show too little: {seen:?}");
+}
+
+#[test]
+fn tables_say_what_the_reference_says() {
+    compare(Dialect::Ebpf, |_, table| table, evaluate);
+}
+
+#[test]
+fn iptables_rules_do_what_the_reference_says() {
+    compare(
+        Dialect::Iptables,
+        |scene, table| trace::Iptables::new(&table, &scene.node, &scene.rules_config()),
+        |rules, flow| rules.trace(flow).unwrap_or_else(|error| panic!("{error}")),
+    );
+}
+
+#[test]
+fn nftables_rules_do_what_the_reference_says() {
+    compare(
+        Dialect::Nftables,
+        |scene, table| {
+            let config = scene.rules_config();
+            let text = [Family::V4, Family::V6]
+                .map(|family| nftables::Rules::all(&table, family, &config).to_string())
+                .concat();
+            trace::Nftables::read(&text, &scene.node).unwrap_or_else(|error| panic!("{error}"))
+        },
+        |rules, flow| rules.trace(flow).unwrap_or_else(|error| panic!("{error}")),
+    );
+}
