@@ -21,7 +21,7 @@ pub fn evaluate(table: &ServiceTable, flow: &Flow) -> Answer {
     let Some(frontend) = table.frontends.get(&dialled) else {
         return match table.vips.get(&flow.dst) {
             Some(VipKind::Vip) => Answer::Reject,
-            Some(VipKind::NodeAddress) | None => Answer::Pass,
+            Some(VipKind::NodeAddress | VipKind::OwnAddress) | None => Answer::Pass,
         };
     };
     if frontend.kind == FrontendKind::LocalhostNodePort && flow.origin != Origin::Node {

@@ -36,11 +36,6 @@ impl Oracle<'_> {
         allowed && (self.node.addresses.contains(&addr) || localhost && self.policy.localhost_node_ports)
     }
 
-    /// IPVS binds VIPs: a node's address among them would cut that node off, so it is none there.
-    pub(super) fn may_be_a_vip(&self, addr: IpAddr) -> bool {
-        is_dialable(addr) && (self.dialect != Dialect::Ipvs || !self.is_a_nodes(addr))
-    }
-
     /// A port that no Service has, of an address that one does. eBPF and IPVS refuse it unless a node has the address;
     /// nftables refuses it at ClusterIPs; iptables knows nothing of it.
     pub(super) fn refuses_unknown_port(&self, flow: &Flow) -> bool {
@@ -48,7 +43,7 @@ impl Oracle<'_> {
             let serves = |service: &Service| service.ports.iter().any(|port| port.protocol != Protocol::Sctp);
             let mut all =
                 self.cluster.services().filter(|service| served(service, flow.dst) && serves(service));
-            all.any(|service| addrs(service).contains(&flow.dst)) && self.may_be_a_vip(flow.dst)
+            all.any(|service| addrs(service).contains(&flow.dst)) && is_dialable(flow.dst)
         };
         let any_vip = || {
             is(|service| {
@@ -57,7 +52,7 @@ impl Oracle<'_> {
         };
         match self.dialect {
             Dialect::Ebpf => any_vip() && !self.is_a_nodes(flow.dst) && flow.protocol != Protocol::Sctp,
-            Dialect::Ipvs => any_vip(),
+            Dialect::Ipvs => any_vip() && !self.is_a_nodes(flow.dst),
             Dialect::Nftables => is(|service| service.cluster_ips.clone()) && !self.is_own(flow.dst),
             Dialect::Iptables => false,
         }
@@ -163,7 +158,8 @@ impl Oracle<'_> {
         restricted || dialled.via == Via::ClusterIp && self.policy.masquerade_all
     }
 
-    /// IPVS: as iptables, but policy Local masquerades nobody; and without a range of pods a node that dials a
+    /// IPVS: as iptables, but policy Local masquerades only a node that dials an address that is bound: its source would be
+    /// that address, which the endpoint's own node has, too. And without a range of pods a node that dials a
     /// ClusterIP is masqueraded all the same, because its source is that very address.
     fn ipvs_masquerades(&self, flow: &Flow, dialled: &Dialled<'_>, backend: SocketAddr) -> bool {
         let hairpin = backend.ip() == flow.source;
@@ -173,7 +169,8 @@ impl Oracle<'_> {
                 (Via::ClusterIp, _) => {
                     self.policy.masquerade_all || self.is_known_not_to_be_a_pod(flow) || from_vip
                 }
-                (_, policy) => policy == TrafficPolicy::Cluster,
+                (_, TrafficPolicy::Cluster) => true,
+                (via, TrafficPolicy::Local) => via != Via::NodePort && flow.origin == Origin::Node,
             }
     }
 }

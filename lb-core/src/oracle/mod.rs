@@ -116,7 +116,7 @@ impl Oracle<'_> {
             by(&service.cluster_ips, Via::ClusterIp)
                 .or_else(|| by(&service.load_balancer_ips, Via::LoadBalancer))
                 .or_else(|| by(&service.external_ips, Via::ExternalIp))
-                .filter(|_| self.may_be_a_vip(flow.dst))
+                .filter(|_| is_dialable(flow.dst))
                 .or_else(by_node_port)
         })
     }

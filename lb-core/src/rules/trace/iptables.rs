@@ -66,7 +66,7 @@ fn chains(table: &ServiceTable, family: Family, config: &Config) -> BTreeMap<Cha
     for (chain, rules) in iptables::base(table, family, config) {
         chains.entry(chain).or_default().extend(rules);
     }
-    for (of, from, rule) in iptables::jumps(family) {
+    for (of, from, rule) in iptables::jumps(family, config) {
         chains.entry((of, from.into())).or_default().insert(0, rule);
     }
     chains
@@ -225,6 +225,8 @@ impl Rules<'_> {
             Match::NotMark(value, mask) => packet.mark & mask != *value,
             Match::CtState(states) => is_in_state(packet, states),
             Match::NotCtState(states) => !is_in_state(packet, states),
+            // Rules that translate by themselves ask no sets and know no virtual servers.
+            Match::InSet(..) | Match::VirtualServer(_) => false,
             Match::OneOf(_) | Match::RecentlySeen(..) => return Hit::Perhaps,
         };
         if holds { Hit::Yes } else { Hit::No }
