@@ -4,11 +4,11 @@ use std::{
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, LazyLock},
 };
 
 use anyhow::{Context, Result, bail};
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, builder::PossibleValue};
 use ipnet::IpNet;
 use lb_common::abi::TraceFilter;
 use lb_core::{compile::CompileConfig, rules};
@@ -19,6 +19,7 @@ use crate::{
         load::Sizes,
     },
     netlink::DeviceChoice,
+    probe::{self, Facts},
     trace,
 };
 
@@ -44,6 +45,7 @@ const EXAMPLES: &str = "Examples:
   lb-agent run                                  in a DaemonSet, with the pod's service account
   lb-agent run --kubeconfig ~/.kube/config --node-name node-1
   lb-agent run --manifests ./manifests          without an API server
+  lb-agent probe                                which modes work here, and why not the others
   lb-agent service list
   lb-agent backend list -o json
   lb-agent status
@@ -64,6 +66,8 @@ pub enum LogFormat {
 pub enum Command {
     /// Serve this node until told to stop; the kernel goes on serving after that.
     Run(Box<RunArgs>),
+    /// What this machine can, which modes work on it, and which one `run` takes; leaves everything as it is.
+    Probe(ProbeArgs),
     /// Remove everything of ours from this node, and nothing else.
     Cleanup(CleanupArgs),
     /// Print what a node would be programmed with; touches nothing and needs no privileges.
@@ -99,6 +103,44 @@ pub enum Mode {
     Nftables,
     /// kube-proxy's iptables rules.
     Iptables,
+}
+
+/// `--mode` of `run`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModeChoice {
+    /// The best that works here.
+    Auto,
+    /// This one.
+    Fixed(Mode),
+}
+
+static MODE_CHOICES: LazyLock<Vec<ModeChoice>> = LazyLock::new(|| {
+    let fixed = Mode::value_variants().iter().copied().map(ModeChoice::Fixed);
+    std::iter::once(ModeChoice::Auto).chain(fixed).collect()
+});
+
+impl ValueEnum for ModeChoice {
+    fn value_variants<'a>() -> &'a [Self] {
+        &MODE_CHOICES
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        match self {
+            Self::Auto => Some(PossibleValue::new("auto").help("The best that works here; see `probe`")),
+            Self::Fixed(mode) => mode.to_possible_value(),
+        }
+    }
+}
+
+/// Options of `probe`.
+#[derive(ClapArgs, Debug)]
+pub struct ProbeArgs {
+    /// The cgroup v2 directory whose sockets would be served; the mount's root if not given.
+    #[arg(long, value_name = "DIR")]
+    pub cgroup_root: Option<PathBuf>,
+    /// How to print.
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 /// Options of `cleanup`.
@@ -209,8 +251,8 @@ pub enum Output {
 #[command(after_help = EXAMPLES)]
 pub struct RunArgs {
     /// What carries packets to backends.
-    #[arg(long, default_value = "ebpf", env = "LB_MODE")]
-    mode: Mode,
+    #[arg(long, default_value = "auto", env = "LB_MODE")]
+    mode: ModeChoice,
     /// This node's name in the cluster; the host name if not given.
     #[arg(long, env = "NODE_NAME")]
     node_name: Option<String>,
@@ -318,7 +360,12 @@ impl RunArgs {
         if node_name.is_empty() {
             bail!("the node's name is empty: give --node-name");
         }
-        if self.mode != Mode::Ebpf && self.trace_packets.is_some() {
+        let cgroup_root = cgroup_root(self.cgroup_root);
+        let mode = match self.mode {
+            ModeChoice::Fixed(mode) => mode,
+            ModeChoice::Auto => probe::auto(&Facts::read(bpf_root, &cgroup_root))?,
+        };
+        if mode != Mode::Ebpf && self.trace_packets.is_some() {
             bail!("--trace-packets follows packets through BPF programs: run it with --mode ebpf");
         }
         let names = |text: &str| {
@@ -331,11 +378,7 @@ impl RunArgs {
                 Some(dir) => SourceConfig::Manifests(dir),
                 None => SourceConfig::Kubernetes { kubeconfig: self.kubeconfig, context: self.context },
             },
-            cgroup_root: match self.cgroup_root {
-                Some(root) => Ok(root),
-                None => cgroup2_mount(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
-                    .ok_or_else(|| "no cgroup v2 is mounted; mount one or give --cgroup-root".to_owned()),
-            },
+            cgroup_root,
             devices: DeviceChoice {
                 external: (self.devices != "auto").then(|| names(&self.devices)),
                 pods: match self.pod_devices.as_str() {
@@ -345,7 +388,7 @@ impl RunArgs {
                 },
             },
             modes: Modes { xdp: self.xdp_mode, tc: self.tc_mode },
-            mode: self.mode,
+            mode,
             compile: self.policy.compile(),
             rules: self.policy.rules(),
             sizes: Sizes { flows: self.flows_max.max(1024) },
@@ -355,6 +398,13 @@ impl RunArgs {
             min_sync_interval_ms: self.min_sync_interval_ms,
         })
     }
+}
+
+/// The directory whose sockets are served, or why there is none.
+pub fn cgroup_root(given: Option<PathBuf>) -> Result<PathBuf, String> {
+    given
+        .or_else(|| cgroup2_mount(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()))
+        .ok_or_else(|| "no cgroup v2 is mounted; mount one or give --cgroup-root".to_owned())
 }
 
 /// The mount point of cgroup v2: at `/sys/fs/cgroup`, or beside v1's controllers at `…/unified`.

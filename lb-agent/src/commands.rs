@@ -6,12 +6,14 @@ use anyhow::{Context, Result, bail};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    args::{Args, CleanupArgs, Command, ListCommand, LogFormat, Output},
+    args::{self, Args, CleanupArgs, Command, ListCommand, LogFormat, Output},
     datapath::{
         ebpf::{attach, inspect, maps::Pins},
         iptables, nftables,
     },
-    print, render, run,
+    print,
+    probe::{self, Facts},
+    render, run,
 };
 
 /// Runs a command.
@@ -27,6 +29,10 @@ pub fn main(args: Args) -> Result<()> {
                 .build()
                 .context("start the async runtime")?;
             runtime.block_on(run::run(config))
+        }
+        Command::Probe(options) => {
+            let facts = Facts::read(&args.bpf_root, &args::cgroup_root(options.cgroup_root));
+            probe::report(&facts, options.output.output)
         }
         Command::Cleanup(options) => cleanup(&options, &pins),
         Command::Render(options) => render::render(&options),

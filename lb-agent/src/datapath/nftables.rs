@@ -161,7 +161,8 @@ fn load(text: &str) -> Result<(), DatapathError> {
     nft(&["-f", "-"], text).map(drop)
 }
 
-fn nft(args: &[&str], input: &str) -> Result<String, DatapathError> {
+/// Runs nft and returns what it prints.
+pub fn nft(args: &[&str], input: &str) -> Result<String, DatapathError> {
     let child = Command::new("nft")
         .args(args)
         .stdin(Stdio::piped())

@@ -77,7 +77,8 @@ pub struct Attached {
     pub reason: String,
 }
 
-const SOCK_HOOKS: [(&str, &str, u32); 8] = [
+/// Socket hooks: name, program, kind.
+pub const SOCK_HOOKS: [(&str, &str, u32); 8] = [
     ("connect4", "lb_connect4", attach_type::CGROUP_INET4_CONNECT),
     ("connect6", "lb_connect6", attach_type::CGROUP_INET6_CONNECT),
     ("sendmsg4", "lb_sendmsg4", attach_type::CGROUP_UDP4_SENDMSG),
