@@ -50,6 +50,7 @@ const EXAMPLES: &str = "Examples:
   lb-agent backend list -o json
   lb-agent status
   lb-agent render --mode iptables --manifests ./manifests --node-name node-1
+  lb-agent diff --manifests ./manifests --node-name node-1
   lb-agent cleanup --dry-run";
 
 /// How log lines look.
@@ -68,6 +69,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// What this machine can, which modes work on it, and which one `run` takes; leaves everything as it is.
     Probe(ProbeArgs),
+    /// What this node has against what it should have: exit code 1 if they differ, 2 if that can't be told.
+    Diff(Box<DiffArgs>),
     /// Remove everything of ours from this node, and nothing else.
     Cleanup(CleanupArgs),
     /// Print what a node would be programmed with; touches nothing and needs no privileges.
@@ -105,6 +108,17 @@ pub enum Mode {
     Iptables,
 }
 
+impl Mode {
+    /// As `--mode` takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ebpf => "ebpf",
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
+        }
+    }
+}
+
 /// `--mode` of `run`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModeChoice {
@@ -130,6 +144,29 @@ impl ValueEnum for ModeChoice {
             Self::Fixed(mode) => mode.to_possible_value(),
         }
     }
+}
+
+/// Options of `diff`.
+#[derive(ClapArgs, Debug)]
+pub struct DiffArgs {
+    /// Of which datapath; the one that serves this node if not given.
+    #[arg(long)]
+    pub mode: Option<Mode>,
+    /// Take objects from the YAML and JSON files of this folder instead of an API server.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "context"])]
+    pub manifests: Option<PathBuf>,
+    /// A kubeconfig file; else $KUBECONFIG or the pod's service account.
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// A context of the kubeconfig.
+    #[arg(long)]
+    pub context: Option<String>,
+    /// This node's name in the cluster; the host name if not given.
+    #[arg(long, env = "NODE_NAME")]
+    pub node_name: Option<String>,
+    /// Policy: give what `run` was given.
+    #[command(flatten)]
+    pub policy: PolicyArgs,
 }
 
 /// Options of `probe`.
@@ -314,6 +351,16 @@ pub enum SourceConfig {
     },
 }
 
+impl SourceConfig {
+    /// A folder if one is given, else an API server.
+    pub fn new(manifests: Option<PathBuf>, kubeconfig: Option<PathBuf>, context: Option<String>) -> Self {
+        match manifests {
+            Some(dir) => Self::Manifests(dir),
+            None => Self::Kubernetes { kubeconfig, context },
+        }
+    }
+}
+
 /// What the options mean.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -350,16 +397,7 @@ pub struct Config {
 impl RunArgs {
     /// Resolves the options against this machine.
     pub fn resolve(self, bpf_root: &Path) -> Result<Config> {
-        let node_name = match self.node_name {
-            Some(name) => name,
-            None => fs::read_to_string("/proc/sys/kernel/hostname")
-                .context("read the host name")?
-                .trim()
-                .to_owned(),
-        };
-        if node_name.is_empty() {
-            bail!("the node's name is empty: give --node-name");
-        }
+        let node_name = node_name(self.node_name)?;
         let cgroup_root = cgroup_root(self.cgroup_root);
         let mode = match self.mode {
             ModeChoice::Fixed(mode) => mode,
@@ -374,10 +412,7 @@ impl RunArgs {
         Ok(Config {
             node_name: Arc::from(node_name),
             bpf_root: bpf_root.to_owned(),
-            source: match self.manifests {
-                Some(dir) => SourceConfig::Manifests(dir),
-                None => SourceConfig::Kubernetes { kubeconfig: self.kubeconfig, context: self.context },
-            },
+            source: SourceConfig::new(self.manifests, self.kubeconfig, self.context),
             cgroup_root,
             devices: DeviceChoice {
                 external: (self.devices != "auto").then(|| names(&self.devices)),
@@ -398,6 +433,20 @@ impl RunArgs {
             min_sync_interval_ms: self.min_sync_interval_ms,
         })
     }
+}
+
+/// The node's name in the cluster: the host name if not given.
+pub fn node_name(given: Option<String>) -> Result<String> {
+    let name = match given {
+        Some(name) => name,
+        None => {
+            fs::read_to_string("/proc/sys/kernel/hostname").context("read the host name")?.trim().to_owned()
+        }
+    };
+    if name.is_empty() {
+        bail!("the node's name is empty: give --node-name");
+    }
+    Ok(name)
 }
 
 /// The directory whose sockets are served, or why there is none.

@@ -5,6 +5,7 @@ pub mod args;
 pub mod commands;
 pub mod convert;
 pub mod datapath;
+pub mod drift;
 pub mod netlink;
 pub mod print;
 pub mod probe;

@@ -16,7 +16,7 @@ use lb_core::{
 use tracing::debug;
 
 use super::{
-    maps::{FamilyMaps, Maps, Pins, Wire, WireAddr, map_error, set_filter_bit},
+    maps::{FamilyMaps, Maps, Pins, Wire, WireAddr, filter_bit, map_error, set_filter_bit},
     plan::{Actual, Capacity, Op, PlannedBackend, Planner},
 };
 use crate::datapath::{ApplyReport, Datapath, DatapathError};
@@ -34,7 +34,8 @@ impl EbpfDatapath {
         Ok(Self { maps: Maps::open(pins)?, planner: None })
     }
 
-    fn capacity(&self) -> Capacity {
+    /// Sizes of the pinned maps.
+    pub fn capacity(&self) -> Capacity {
         Capacity {
             slots: self.maps.slots_len(),
             backends4: self.maps.backends_len(Family::V4),
@@ -44,7 +45,7 @@ impl EbpfDatapath {
     }
 
     /// Reads what the kernel holds.
-    fn actual(&self) -> Result<Actual, DatapathError> {
+    pub fn actual(&self) -> Result<Actual, DatapathError> {
         let mut actual = Actual::default();
         read_family(&self.maps.v4, Family::V4, "LB4", &mut actual)?;
         read_family(&self.maps.v6, Family::V6, "LB6", &mut actual)?;
@@ -55,6 +56,13 @@ impl EbpfDatapath {
             actual.slots.insert(slot, id);
         }
         Ok(actual)
+    }
+
+    /// The VIP filter lets the programs look at packets to this address.
+    pub fn is_looked_at(&self, addr: IpAddr) -> Result<bool, DatapathError> {
+        let bit = filter_bit(addr);
+        let word = self.maps.filter.get(&(bit >> 6), 0);
+        Ok(word.map_err(|source| map_error("read", "VIP_FILTER", source))? >> (bit & 63) & 1 == 1)
     }
 
     fn execute(&mut self, op: &Op) -> Result<(), DatapathError> {

@@ -365,6 +365,19 @@ fn pinned_links(pins: &Pins) -> Vec<PathBuf> {
     read(&pins.links())
 }
 
+/// Names of the pinned links, and whether they still hang on something.
+pub fn links(pins: &Pins) -> Vec<(String, bool)> {
+    let is_attached = |pin: &Path| {
+        let info = sys::get(pin).and_then(|link| sys::link_info(link.as_fd()));
+        info.is_ok_and(|info| match info.link_type {
+            sys::LINK_CGROUP => info.cgroup_id != 0,
+            _ => info.ifindex != 0,
+        })
+    };
+    let name = |pin: &Path| pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    pinned_links(pins).iter().map(|pin| (name(pin), is_attached(pin))).collect()
+}
+
 /// Takes a pinned link off and forgets it.
 fn remove_link(pin: &Path) {
     if let Ok(link) = sys::get(pin) {

@@ -33,8 +33,18 @@ struct FamilyRules {
 }
 
 impl IptablesDatapath {
-    /// Finds the programs and prepares the host. A machine without IPv6 rules is served in IPv4.
+    /// Finds the programs and prepares the host.
     pub fn open(config: Config) -> Result<Self, DatapathError> {
+        let localhost = config.localhost_node_ports;
+        let datapath = Self::find(config)?;
+        if localhost {
+            route_localnet();
+        }
+        Ok(datapath)
+    }
+
+    /// Finds the programs that this machine's rules are in. A machine without IPv6 rules is served in IPv4.
+    pub fn find(config: Config) -> Result<Self, DatapathError> {
         let variant = Variant::detect()?;
         let mut families = Vec::new();
         for family in [Family::V4, Family::V6] {
@@ -52,10 +62,12 @@ impl IptablesDatapath {
             families.push(FamilyRules { programs, family, config, rules: None });
             info!(program = programs.name(), "rules go through");
         }
-        if config.localhost_node_ports {
-            route_localnet();
-        }
         Ok(Self { families })
+    }
+
+    /// The programs of each family.
+    pub fn programs(&self) -> Vec<Programs> {
+        self.families.iter().map(|family| family.programs).collect()
     }
 }
 
@@ -176,6 +188,14 @@ pub fn removals(all: bool) -> Result<Vec<(Programs, Transaction)>, DatapathError
         }
     }
     Ok(removals)
+}
+
+/// Services are served by these rules now, without `all` by our agent's.
+pub fn serves(all: bool) -> Result<bool, DatapathError> {
+    let Ok(variant) = Variant::detect() else { return Ok(false) };
+    let loaded = Loaded::parse(&Programs { variant, family: Family::V4 }.save(None)?);
+    let dispatch = (Table::Nat, names::SERVICES.into());
+    Ok(loaded.chains.contains(&dispatch) && (all || loaded.is_owned()))
 }
 
 fn removal(loaded: &Loaded) -> Transaction {
