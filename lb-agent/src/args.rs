@@ -117,6 +117,14 @@ impl Mode {
             Self::Iptables => "iptables",
         }
     }
+
+    /// The BPF programs know TCP and UDP only.
+    fn carries_sctp(self) -> bool {
+        match self {
+            Self::Ebpf => false,
+            Self::Nftables | Self::Iptables => true,
+        }
+    }
 }
 
 /// `--mode` of `run`.
@@ -239,11 +247,12 @@ pub enum LegacyExternalIp {
 
 impl PolicyArgs {
     /// For the compiler.
-    pub fn compile(&self) -> CompileConfig {
+    pub fn compile(&self, mode: Mode) -> CompileConfig {
         CompileConfig {
             node_port_addresses: self.node_port_addresses.clone(),
             localhost_node_ports: true,
             masquerade_all: self.masquerade_all,
+            sctp: mode.carries_sctp(),
         }
     }
 
@@ -424,7 +433,7 @@ impl RunArgs {
             },
             modes: Modes { xdp: self.xdp_mode, tc: self.tc_mode },
             mode,
-            compile: self.policy.compile(),
+            compile: self.policy.compile(mode),
             rules: self.policy.rules(),
             sizes: Sizes { flows: self.flows_max.max(1024) },
             trace: self.trace_packets.as_deref().map(trace::parse_filter).transpose()?,

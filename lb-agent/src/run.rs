@@ -164,7 +164,7 @@ fn start_source(
         SourceConfig::Manifests(dir) => Box::pin(Manifests::new(dir).run(reports)),
         SourceConfig::Kubernetes { kubeconfig, context } => {
             let node = config.node_name.clone();
-            Box::pin(start_source_kubernetes(Kubernetes { kubeconfig, context, node }, reports))
+            Box::pin(start_source_kubernetes(Kubernetes { kubeconfig, context, node, events: true }, reports))
         }
     }
 }

@@ -43,7 +43,7 @@ pub fn diff(options: DiffArgs, pins: &Pins) -> Result<bool> {
     let source = SourceConfig::new(options.manifests, options.kubeconfig, options.context);
     let (events, mut warnings) = runtime.block_on(objects(source, &name))?;
     let view = NodeView { name: name.as_str().into(), addresses, zone: None };
-    let mut compiler = Compiler::new(options.policy.compile(), view);
+    let mut compiler = Compiler::new(options.policy.compile(mode), view);
     events.into_iter().for_each(|event| compiler.apply(event));
     compiler.compile();
     if compiler.snapshot().node(&name).is_none() {
@@ -79,7 +79,8 @@ async fn objects(source: SourceConfig, node: &str) -> Result<(Vec<Event>, Vec<Wa
         SourceConfig::Kubernetes { kubeconfig, context } => (kubeconfig, context),
     };
     let (sender, mut reports) = mpsc::channel(256);
-    let mut source = tokio::spawn(Kubernetes { kubeconfig, context, node: node.into() }.run(sender));
+    let kubernetes = Kubernetes { kubeconfig, context, node: node.into(), events: false };
+    let mut source = tokio::spawn(kubernetes.run(sender));
     let (mut events, mut warnings) = (Vec::new(), Vec::new());
     let patience = tokio::time::sleep(PATIENCE);
     tokio::pin!(patience);
