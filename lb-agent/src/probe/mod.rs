@@ -24,8 +24,10 @@ use crate::{
 pub enum What {
     /// Its version.
     Kernel,
-    /// Capabilities.
-    Privileges,
+    /// Capabilities to load and attach programs.
+    BpfPrivileges,
+    /// Capabilities to write rules.
+    NetPrivileges,
     /// The file system of pins.
     Bpffs,
     /// The kernel's own types.
@@ -136,8 +138,8 @@ pub fn report(facts: &Facts, output: Output) -> Result<()> {
         Some(verdict) if verdict.works == Works::Yes => {
             println!("run --mode auto takes {}, the first that works.", verdict.mode);
         }
-        Some(verdict) => println!("run --mode auto takes {}: none works whole.", verdict.mode),
-        None => println!("run --mode auto fails: no mode is known to work."),
+        Some(verdict) => println!("run --mode auto takes {}: none is known to work whole.", verdict.mode),
+        None => println!("run --mode auto fails: no mode can work."),
     }
     Ok(())
 }

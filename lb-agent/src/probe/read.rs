@@ -32,7 +32,7 @@ use crate::{
             sys::{self, attach_type},
         },
         iptables::exec::{Programs, Variant},
-        nftables::nft,
+        nftables::nft as run_nft,
     },
     scratch::Scratch,
 };
@@ -42,14 +42,14 @@ impl Facts {
     pub fn read(bpf_root: &Path, cgroup_root: &Result<PathBuf, String>) -> Self {
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         let release = release.trim();
+        let [bpf_privileges, net_privileges] = privileges();
+        let scratch = Scratch::new().map_err(|error| format!("no network namespace to try it in: {error}"));
         let mut findings = BTreeMap::from([
             (What::Kernel, Finding::yes(release)),
-            (What::Privileges, privileges()),
             (What::Bpffs, bpffs(bpf_root)),
             (What::Btf, btf()),
             (What::Nft, nft_program()),
             (What::IpVs, module("ip_vs", Path::new("/proc/net/ip_vs"))),
-            (What::Ipset, program("ipset", &["--version"])),
             (What::Dummy, module("dummy", Path::new("/sys/module/dummy"))),
             (
                 What::Cgroup2,
@@ -59,35 +59,27 @@ impl Facts {
                 },
             ),
         ]);
-        let privileges = &findings[&What::Privileges];
-        let scratch = match privileges.found {
-            Found::Yes => {
-                Scratch::new().map_err(|error| format!("no network namespace to try it in: {error}"))
-            }
-            _ => Err("can't be tried without privileges".to_owned()),
-        };
-        match &scratch {
-            Ok(scratch) => {
-                findings.extend(bpf(scratch, cgroup_root));
-                findings.extend(rules(scratch, findings[&What::Nft].found));
-            }
-            Err(reason) => {
-                // It asks the kernel for its version, too.
-                findings.insert(What::Ipset, Finding::unknown(reason.clone()));
-                for what in [
-                    What::Programs,
-                    What::Tc,
-                    What::Xdp,
-                    What::SocketHooks,
-                    What::NftablesRules,
-                    What::IptablesRules,
-                    What::Ip6tablesRules,
-                ] {
-                    findings.insert(what, Finding::unknown(reason.clone()));
-                }
-                findings.insert(What::Iptables, program("iptables", &["--version"]));
+        if bpf_privileges.found == Found::Yes {
+            findings.extend(bpf(&scratch, cgroup_root));
+        } else {
+            for what in [What::Programs, What::Tc, What::Xdp, What::SocketHooks] {
+                findings.insert(what, Finding::unknown(UNPRIVILEGED));
             }
         }
+        if net_privileges.found == Found::Yes {
+            let nft = findings[&What::Nft].found;
+            findings.extend([nftables(&scratch, nft)]);
+            findings.extend(iptables(&scratch));
+            findings.insert(What::Ipset, program("ipset", &["--version"]));
+        } else {
+            // ipset asks the kernel for its version, too.
+            for what in [What::NftablesRules, What::IptablesRules, What::Ip6tablesRules, What::Ipset] {
+                findings.insert(what, Finding::unknown(UNPRIVILEGED));
+            }
+            findings.insert(What::Iptables, program("iptables", &["--version"]));
+        }
+        findings.insert(What::BpfPrivileges, bpf_privileges);
+        findings.insert(What::NetPrivileges, net_privileges);
         Self { kernel: version(release), findings }
     }
 }
@@ -98,21 +90,35 @@ fn version(release: &str) -> (u32, u32) {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
-/// `include/uapi/linux/capability.h`. Namespaces of our own and bpf(2) ask for the second.
-const CAPABILITIES: [(&str, u32); 2] = [("CAP_NET_ADMIN", 12), ("CAP_SYS_ADMIN", 21)];
+const UNPRIVILEGED: &str = "can't be tried without privileges";
 
-fn privileges() -> Finding {
+/// `include/uapi/linux/capability.h`.
+const NET_ADMIN: u32 = 12;
+const SYS_ADMIN: u32 = 21;
+const PERFMON: u32 = 38;
+const BPF: u32 = 39;
+
+/// For BPF, and for rules.
+fn privileges() -> [Finding; 2] {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let Some(effective) = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()) else {
-        return Finding::unknown("/proc/self/status doesn't tell capabilities");
+        let unknown = Finding::unknown("/proc/self/status doesn't tell capabilities");
+        return [unknown.clone(), unknown];
     };
-    let lacks: Vec<&str> =
-        CAPABILITIES.iter().filter(|(_, bit)| effective >> bit & 1 == 0).map(|(name, _)| *name).collect();
-    match lacks.is_empty() {
-        true => Finding::yes("CAP_NET_ADMIN, CAP_SYS_ADMIN"),
-        false => Finding::no(format!("no {}", lacks.join(", "))),
-    }
+    let has = |bit: u32| effective >> bit & 1 == 1;
+    let need = |needed: &[(&str, bool)]| {
+        let names =
+            |held| needed.iter().filter(|(_, has)| *has == held).map(|(name, _)| *name).collect::<Vec<_>>();
+        match names(false) {
+            lacks if lacks.is_empty() => Finding::yes(names(true).join(", ")),
+            lacks => Finding::no(format!("no {}", lacks.join(", "))),
+        }
+    };
+    // CAP_SYS_ADMIN has been all of BPF before that was split off, and still counts (capabilities(7)).
+    let net = ("CAP_NET_ADMIN", has(NET_ADMIN));
+    let bpf = [("CAP_BPF", has(BPF) || has(SYS_ADMIN)), ("CAP_PERFMON", has(PERFMON) || has(SYS_ADMIN)), net];
+    [need(&bpf), need(&[net])]
 }
 
 /// The pins' root, or the folder it will be made in, lies on bpffs.
@@ -185,8 +191,11 @@ fn nft_program() -> Finding {
     finding
 }
 
+/// A place for trials, or why there is none.
+type Place = Result<Scratch, String>;
+
 /// Our programs, and the hooks they hang on.
-fn bpf(scratch: &Scratch, cgroup_root: &Result<PathBuf, String>) -> Vec<(What, Finding)> {
+fn bpf(scratch: &Place, cgroup_root: &Result<PathBuf, String>) -> Vec<(What, Finding)> {
     let mut programs = match BpfPrograms::trial(&objects::NORMAL) {
         Ok(programs) => programs,
         Err(error) => {
@@ -199,17 +208,27 @@ fn bpf(scratch: &Scratch, cgroup_root: &Result<PathBuf, String>) -> Vec<(What, F
             ];
         }
     };
-    let hooked = scratch.within(|| (tc(&mut programs), xdp(&programs)));
-    let (tc, xdp) = hooked.unwrap_or_else(|error| {
-        let failed = Finding::unknown(format!("the network namespace for trials: {error}"));
-        (failed.clone(), failed)
-    });
+    let hooked = match scratch {
+        Ok(scratch) => {
+            scratch.within(|| (tc(&mut programs), xdp(&programs))).map_err(|error| error.to_string())
+        }
+        Err(reason) => Err(reason.clone()),
+    };
+    let (tc, xdp) = hooked.unwrap_or_else(|reason| (tcx_by_query(&reason), Finding::unknown(reason)));
     vec![
         (What::Programs, Finding::yes("ours load")),
         (What::Tc, tc),
         (What::Xdp, xdp),
         (What::SocketHooks, socket_hooks(&programs, cgroup_root)),
     ]
+}
+
+/// A kernel that answers what hangs on a device's TCX hooks has them.
+fn tcx_by_query(untried: &str) -> Finding {
+    match SchedClassifier::query_tcx("lo", TcAttachType::Ingress) {
+        Ok(_) => Finding::yes("TCX, says the kernel"),
+        Err(_) => Finding::unknown(untried),
+    }
 }
 
 /// An error with its causes, in one line of bearable length: the verifier's log is long.
@@ -301,45 +320,58 @@ fn socket_hooks(programs: &BpfPrograms, cgroup_root: &Result<PathBuf, String>) -
     }
 }
 
-/// Our rules, of a small table, in both families.
-fn rules(scratch: &Scratch, nft: Found) -> Vec<(What, Finding)> {
-    let table = sample();
-    let mut found = Vec::new();
-    let variant = Variant::detect();
-    let within = |what: &str, work: &(dyn Fn() -> Result<(), String> + Sync)| match scratch.within(work) {
+fn trial(scratch: &Place, what: &str, work: impl FnOnce() -> Result<(), String> + Send) -> Finding {
+    let done = match scratch {
+        Ok(scratch) => {
+            scratch.within(work).map_err(|error| format!("the network namespace for trials: {error}"))
+        }
+        Err(reason) => Err(reason.clone()),
+    };
+    match done {
         Ok(Ok(())) => Finding::yes("ours load"),
         Ok(Err(error)) => Finding::no(format!("{what} don't load: {error}")),
-        Err(error) => Finding::unknown(format!("the network namespace for trials: {error}")),
-    };
+        Err(reason) => Finding::unknown(reason),
+    }
+}
+
+/// Our tables, of a small cluster.
+fn nftables(scratch: &Place, nft: Found) -> (What, Finding) {
+    let table = sample();
     let finding = match nft {
-        Found::Yes => within("nftables tables", &|| {
+        Found::Yes => trial(scratch, "nftables tables", || {
             for family in [Family::V4, Family::V6] {
                 let rules = nftables::Rules::all(&table, family, &Config::default());
-                self::nft(&["-f", "-"], &rules.to_string()).map_err(|error| causes(&error))?;
+                run_nft(&["-f", "-"], &rules.to_string()).map_err(|error| causes(&error))?;
             }
             Ok(())
         }),
         _ => Finding::unknown("can't be tried without nft"),
     };
-    found.push((What::NftablesRules, finding));
-    match variant {
-        Ok(variant) => {
-            let names = Programs { variant, family: Family::V4 };
-            let version = program(&names.name(), &["--version"]);
-            found.push((What::Iptables, Finding::yes(format!("{} ({})", names.name(), version.detail))));
-            for (what, family) in [(What::IptablesRules, Family::V4), (What::Ip6tablesRules, Family::V6)] {
-                let programs = Programs { variant, family };
-                let rules = incremental::Rules::all(&table, family, &Config::default()).to_string();
-                let restore = || programs.restore(&rules).map_err(|error| causes(&error));
-                found.push((what, within(&format!("{family} rules"), &restore)));
-            }
-        }
+    (What::NftablesRules, finding)
+}
+
+/// The programs that this machine's rules are in, and our rules of a small cluster in both families.
+fn iptables(scratch: &Place) -> Vec<(What, Finding)> {
+    let variant = match Variant::detect() {
+        Ok(variant) => variant,
         Err(error) => {
-            found.push((What::Iptables, Finding::no(causes(&error))));
             let unknown = || Finding::unknown("can't be tried without iptables");
-            found.push((What::IptablesRules, unknown()));
-            found.push((What::Ip6tablesRules, unknown()));
+            return vec![
+                (What::Iptables, Finding::no(causes(&error))),
+                (What::IptablesRules, unknown()),
+                (What::Ip6tablesRules, unknown()),
+            ];
         }
+    };
+    let table = sample();
+    let name = Programs { variant, family: Family::V4 }.name();
+    let version = program(&name, &["--version"]).detail;
+    let mut found = vec![(What::Iptables, Finding::yes(format!("{name} ({version})")))];
+    for (what, family) in [(What::IptablesRules, Family::V4), (What::Ip6tablesRules, Family::V6)] {
+        let programs = Programs { variant, family };
+        let rules = incremental::Rules::all(&table, family, &Config::default()).to_string();
+        let restore = || programs.restore(&rules).map_err(|error| causes(&error));
+        found.push((what, trial(scratch, &format!("{family} rules"), restore)));
     }
     found
 }

@@ -7,8 +7,8 @@ use serde::Serialize;
 use super::{Facts, Found, What};
 use crate::args::Mode;
 
-/// Whether a mode works.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// Whether a mode works, from best to worst.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Works {
     /// It does.
@@ -30,7 +30,7 @@ pub struct Verdict {
     pub works: Works,
     /// What is missing, and what to install, mount or boot to get further.
     pub why: Vec<String>,
-    /// As an option of `run`; `None` if this build has no such datapath.
+    /// As an option of `run`; `None` if this build has no such datapath, or who asks may not use it.
     #[serde(skip)]
     pub runs: Option<Mode>,
 }
@@ -65,7 +65,7 @@ const MODES: [Needs; 4] = [
         runs: Some(Mode::Ebpf),
         // That the programs load says more than a number: distributions carry features back.
         kernel: (0, 0),
-        must: &[What::Privileges, What::Bpffs, What::Programs, What::Tc],
+        must: &[What::BpfPrivileges, What::Bpffs, What::Programs, What::Tc],
         should: &[(What::SocketHooks, "the node's own processes are not served")],
     },
     Needs {
@@ -73,21 +73,28 @@ const MODES: [Needs; 4] = [
         runs: Some(Mode::Nftables),
         // kube-proxy 1.36 `pkg/proxy/nftables/proxier.go` `getNFTablesInterface`.
         kernel: (5, 13),
-        must: &[What::Privileges, What::Nft, What::NftablesRules],
+        must: &[What::NetPrivileges, What::Nft, What::NftablesRules],
         should: &[],
     },
     Needs {
         mode: "iptables",
         runs: Some(Mode::Iptables),
         kernel: (0, 0),
-        must: &[What::Privileges, What::Iptables, What::IptablesRules],
+        must: &[What::NetPrivileges, What::Iptables, What::IptablesRules],
         should: &[(What::Ip6tablesRules, "IPv6 is not served")],
     },
     Needs {
         mode: "ipvs",
         runs: None,
         kernel: (0, 0),
-        must: &[What::Privileges, What::IpVs, What::Dummy, What::Ipset, What::Iptables, What::IptablesRules],
+        must: &[
+            What::NetPrivileges,
+            What::IpVs,
+            What::Dummy,
+            What::Ipset,
+            What::Iptables,
+            What::IptablesRules,
+        ],
         should: &[(What::Ip6tablesRules, "IPv6 is not served")],
     },
 ];
@@ -97,16 +104,18 @@ pub fn verdicts(facts: &Facts) -> Vec<Verdict> {
     MODES.iter().map(|needs| needs.judge(facts)).collect()
 }
 
-/// The first mode that works, else the first that works in part.
+/// The first mode that works, else the first that works in part, else the first of which that can't be told: its start
+/// will tell.
 pub fn pick(verdicts: &[Verdict]) -> Option<&Verdict> {
     let first = |works| verdicts.iter().find(move |verdict| verdict.works == works && verdict.runs.is_some());
-    first(Works::Yes).or_else(|| first(Works::Partly))
+    [Works::Yes, Works::Partly, Works::Unknown].into_iter().find_map(first)
 }
 
 impl Needs {
     fn judge(&self, facts: &Facts) -> Verdict {
         let mut why = Vec::new();
         let mut works = Works::Yes;
+        let mut may = true;
         if facts.kernel < self.kernel {
             let ((major, minor), (has, has_minor)) = (self.kernel, facts.kernel);
             why.push(format!("kernel {has}.{has_minor}: boot {major}.{minor} or later"));
@@ -115,20 +124,18 @@ impl Needs {
         for what in self.must {
             match facts.get(*what) {
                 (Found::Yes, _) => {}
-                (Found::No, detail) if *what != What::Privileges => {
+                // Who asks may not do it; the machine may be able to.
+                (Found::No, detail) if matches!(what, What::BpfPrivileges | What::NetPrivileges) => {
+                    why.push(format!("{detail}: {}", what.remedy()));
+                    (works, may) = (works.max(Works::Unknown), false);
+                }
+                (Found::No, detail) => {
                     why.push(format!("{detail}: {}", what.remedy()));
                     works = Works::No;
                 }
-                // Who asks may not do it; the machine may be able to.
-                (Found::No, detail) => {
-                    why.push(format!("{detail}: {}", what.remedy()));
-                    works = Works::Unknown;
-                }
                 (Found::Unknown, detail) => {
                     why.push(format!("{}: {detail}", what.subject()));
-                    if works == Works::Yes {
-                        works = Works::Unknown;
-                    }
+                    works = works.max(Works::Unknown);
                 }
             }
         }
@@ -149,7 +156,7 @@ impl Needs {
         if self.runs.is_none() && works != Works::No {
             why.push("this agent has no such mode".to_owned());
         }
-        Verdict { mode: self.mode, works, why, runs: self.runs }
+        Verdict { mode: self.mode, works, why, runs: self.runs.filter(|_| may) }
     }
 }
 
@@ -158,7 +165,8 @@ impl What {
     fn subject(self) -> &'static str {
         match self {
             Self::Kernel => "the kernel",
-            Self::Privileges => "privileges",
+            Self::BpfPrivileges => "privileges for BPF",
+            Self::NetPrivileges => "privileges",
             Self::Bpffs => "bpffs",
             Self::Btf => "BTF",
             Self::Programs => "BPF programs",
@@ -181,12 +189,13 @@ impl What {
     fn remedy(self) -> &'static str {
         match self {
             Self::Kernel => "boot a later one",
-            Self::Privileges => "run as root, in the host's user namespace",
+            Self::BpfPrivileges => "run as root, or with CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN",
+            Self::NetPrivileges => "run as root, or with CAP_NET_ADMIN",
             Self::Bpffs => "mount -t bpf bpf /sys/fs/bpf, or give another --bpf-root",
             Self::Btf => "boot a kernel with CONFIG_DEBUG_INFO_BTF",
             Self::Programs => "boot kernel 5.18 or later with CONFIG_BPF_SYSCALL, BPF_JIT and DEBUG_INFO_BTF",
             Self::Tc => "boot kernel 6.6 or later, or one with CONFIG_NET_CLS_BPF and NET_SCH_INGRESS",
-            Self::Xdp => "boot a kernel with CONFIG_XDP_SOCKETS",
+            Self::Xdp => "boot kernel 5.9 or later, which has XDP links",
             Self::Cgroup2 => "mount -t cgroup2 none DIR, and give it as --cgroup-root",
             Self::SocketHooks => {
                 "mount cgroup v2 (mount -t cgroup2 none DIR) on a kernel with CONFIG_CGROUP_BPF, or give --cgroup-root"
@@ -212,9 +221,10 @@ mod tests {
     use super::*;
     use crate::probe::Finding;
 
-    const ALL: [What; 17] = [
+    const ALL: [What; 18] = [
         What::Kernel,
-        What::Privileges,
+        What::BpfPrivileges,
+        What::NetPrivileges,
         What::Bpffs,
         What::Btf,
         What::Programs,
@@ -246,8 +256,8 @@ mod tests {
     #[test]
     fn the_first_mode_that_works_is_picked() {
         use What::{
-            Bpffs, Cgroup2, Iptables, IptablesRules, Nft, NftablesRules, Privileges, Programs, SocketHooks,
-            Tc, Xdp,
+            BpfPrivileges, Bpffs, Cgroup2, Iptables, IptablesRules, NetPrivileges, Nft, NftablesRules,
+            Programs, SocketHooks, Tc, Xdp,
         };
         for (name, facts, picked) in [
             ("all there", machine((6, 18), &[], &[]), Some("ebpf")),
@@ -270,8 +280,23 @@ mod tests {
             ),
             (
                 "not root",
-                machine((6, 18), &[Privileges], &[Programs, Tc, NftablesRules, IptablesRules]),
+                machine((6, 18), &[BpfPrivileges, NetPrivileges], &[Programs, NftablesRules, IptablesRules]),
                 None,
+            ),
+            (
+                "root without a namespace for trials, clsact",
+                machine((6, 1), &[], &[Tc, Xdp, NftablesRules, IptablesRules]),
+                Some("ebpf"),
+            ),
+            (
+                "root without a namespace for trials, 4.19",
+                machine((4, 19), &[Programs], &[Tc, Xdp, NftablesRules, IptablesRules]),
+                Some("iptables"),
+            ),
+            (
+                "CAP_NET_ADMIN alone",
+                machine((6, 18), &[BpfPrivileges], &[Programs, Tc, IptablesRules]),
+                Some("nftables"),
             ),
         ] {
             let verdicts = verdicts(&facts);
