@@ -17,7 +17,9 @@ use crate::{
     datapath::ebpf::{
         attach::{Modes, TcMode, XdpMode},
         load::Sizes,
+        maps::Pins,
     },
+    drift,
     netlink::DeviceChoice,
     probe::{self, Facts},
     trace,
@@ -50,6 +52,7 @@ const EXAMPLES: &str = "Examples:
   lb-agent backend list -o json
   lb-agent status
   lb-agent render --mode iptables --manifests ./manifests --node-name node-1
+  lb-agent run --dry-run --mode iptables --cluster-cidr 10.244.0.0/16     beside kube-proxy
   lb-agent diff --manifests ./manifests --node-name node-1
   lb-agent cleanup --dry-run";
 
@@ -299,6 +302,10 @@ pub struct RunArgs {
     /// What carries packets to backends.
     #[arg(long, default_value = "auto", env = "LB_MODE")]
     mode: ModeChoice,
+    /// Touch nothing in the kernel: count how far what kube-proxy or another agent has there is from what it should
+    /// be, as metric lb_dry_run_differences. Without --mode for the one that serves this node.
+    #[arg(long, conflicts_with = "trace_packets")]
+    dry_run: bool,
     /// This node's name in the cluster; the host name if not given.
     #[arg(long, env = "NODE_NAME")]
     node_name: Option<String>,
@@ -335,11 +342,11 @@ pub struct RunArgs {
     /// Log each decision on packets that match: `any`, `10.0.0.5`, `10.0.0.5:80`, `:53/udp`, `[fd00::1]:443/tcp`.
     #[arg(long, value_name = "FILTER")]
     trace_packets: Option<String>,
-    /// Where /healthz and /livez are served.
-    #[arg(long, default_value = "0.0.0.0:10256")]
+    /// Where /healthz and /livez are served; with --dry-run 127.0.0.1:10356.
+    #[arg(long, default_value = "0.0.0.0:10256", default_value_if("dry_run", "true", "127.0.0.1:10356"))]
     healthz_bind_address: SocketAddr,
-    /// Where /metrics is served.
-    #[arg(long, default_value = "127.0.0.1:10249")]
+    /// Where /metrics is served; with --dry-run 127.0.0.1:10349.
+    #[arg(long, default_value = "127.0.0.1:10249", default_value_if("dry_run", "true", "127.0.0.1:10349"))]
     metrics_bind_address: SocketAddr,
     /// Least time between two writes to the kernel, in milliseconds: what changes meanwhile is written together.
     #[arg(long, default_value_t = 5)]
@@ -387,6 +394,8 @@ pub struct Config {
     pub modes: Modes,
     /// What carries packets to backends.
     pub mode: Mode,
+    /// Compare only.
+    pub dry_run: bool,
     /// Policy.
     pub compile: CompileConfig,
     /// How netfilter rules are written.
@@ -410,6 +419,7 @@ impl RunArgs {
         let cgroup_root = cgroup_root(self.cgroup_root);
         let mode = match self.mode {
             ModeChoice::Fixed(mode) => mode,
+            ModeChoice::Auto if self.dry_run => drift::mode_in_force(&Pins::new(bpf_root))?,
             ModeChoice::Auto => probe::auto(&Facts::read(bpf_root, &cgroup_root))?,
         };
         if mode != Mode::Ebpf && self.trace_packets.is_some() {
@@ -433,6 +443,7 @@ impl RunArgs {
             },
             modes: Modes { xdp: self.xdp_mode, tc: self.tc_mode },
             mode,
+            dry_run: self.dry_run,
             compile: self.policy.compile(mode),
             rules: self.policy.rules(),
             sizes: Sizes { flows: self.flows_max.max(1024) },
@@ -491,6 +502,22 @@ mod tests {
             let typed = ["lb-agent", "run", "--node-name", "n", "--trace-packets", "any", "--mode", mode];
             let Command::Run(options) = Args::parse_from(typed).command else { panic!("run was typed") };
             assert_eq!(options.resolve(Path::new("/sys/fs/bpf/lb")).is_ok(), works, "{mode}");
+        }
+    }
+
+    #[test]
+    fn a_dry_run_has_ports_of_its_own() {
+        for (more, ports) in [
+            (&[][..], [10256, 10249]),
+            (&["--dry-run"], [10356, 10349]),
+            (&["--dry-run", "--metrics-bind-address", "127.0.0.1:1"], [10356, 1]),
+        ] {
+            let typed = ["lb-agent", "run", "--node-name", "n", "--mode", "ebpf"];
+            let Command::Run(options) = Args::parse_from(typed.iter().chain(more)).command else {
+                panic!("run was typed")
+            };
+            let config = options.resolve(Path::new("/sys/fs/bpf/lb")).unwrap();
+            assert_eq!([config.healthz.port(), config.metrics.port()], ports, "{more:?}");
         }
     }
 

@@ -25,7 +25,7 @@ use tracing::{info, warn};
 use crate::{
     args::{Config, Mode, SourceConfig},
     datapath::{
-        CHECK_EVERY, Datapath,
+        Datapath,
         ebpf::{
             apply::EbpfDatapath,
             attach::{self, Attacher},
@@ -36,6 +36,7 @@ use crate::{
         iptables::{self, IptablesDatapath},
         nftables::{self, NftablesDatapath},
     },
+    drift::dry_run::DryRun,
     netlink::{self, HostNetwork, Netlink},
     serve::{self, Health},
     source::{Report, Source, kubernetes::Kubernetes, manifests::Manifests},
@@ -62,8 +63,8 @@ pub async fn run(config: Config) -> Result<()> {
     let mut netlink = Netlink::connect(config.devices.clone())?;
     let network = netlink.read().await?;
     let mut host = match config.mode {
-        Mode::Ebpf => Some(Host::start(&config, &pins)?),
-        Mode::Nftables | Mode::Iptables => None,
+        Mode::Ebpf if !config.dry_run => Some(Host::start(&config, &pins)?),
+        Mode::Ebpf | Mode::Nftables | Mode::Iptables => None,
     };
     let follow = |host: &mut Option<Host>, network: &HostNetwork| {
         host.as_mut().map_or(Ok(()), |host| host.follow(network))
@@ -73,6 +74,7 @@ pub async fn run(config: Config) -> Result<()> {
     let health = Arc::new(Health::default());
     let (inputs, thread_inputs) = std_mpsc::channel();
     let datapath: Box<dyn Datapath> = match config.mode {
+        mode if config.dry_run => Box::new(DryRun::open(mode, &pins, &config.rules, health.clone())?),
         Mode::Ebpf => Box::new(EbpfDatapath::open(&pins)?),
         Mode::Nftables => Box::new(NftablesDatapath::open(&config.rules)?),
         Mode::Iptables => Box::new(IptablesDatapath::open(config.rules.clone())?),
@@ -107,7 +109,7 @@ pub async fn run(config: Config) -> Result<()> {
                 }
                 Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; the last state holds"),
             },
-            () = programmed.notified() => {
+            () = programmed.notified(), if !config.dry_run => {
                 if let Err(error) = retire_other_modes(config.mode, &pins) {
                     warn!(error = %format!("{error:#}"), "what another mode left can't be removed; run lb-agent cleanup once this one is to stop");
                 }
@@ -163,8 +165,8 @@ fn start_source(
     match config.source.clone() {
         SourceConfig::Manifests(dir) => Box::pin(Manifests::new(dir).run(reports)),
         SourceConfig::Kubernetes { kubeconfig, context } => {
-            let node = config.node_name.clone();
-            Box::pin(start_source_kubernetes(Kubernetes { kubeconfig, context, node, events: true }, reports))
+            let (node, events) = (config.node_name.clone(), !config.dry_run);
+            Box::pin(start_source_kubernetes(Kubernetes { kubeconfig, context, node, events }, reports))
         }
     }
 }
@@ -355,7 +357,8 @@ impl Worker {
         let mut first = true;
         let mut checked = Instant::now();
         loop {
-            let input = inputs.recv_timeout(retry.unwrap_or(CHECK_EVERY));
+            let check_every = self.datapath.check_every();
+            let input = inputs.recv_timeout(retry.unwrap_or(check_every));
             match input {
                 Ok(Input::Shutdown) | Err(std_mpsc::RecvTimeoutError::Disconnected) => return,
                 Ok(input) => {
@@ -372,7 +375,7 @@ impl Worker {
                 }
                 Err(std_mpsc::RecvTimeoutError::Timeout) => {}
             }
-            if checked.elapsed() >= CHECK_EVERY {
+            if checked.elapsed() >= check_every {
                 checked = Instant::now();
                 if !self.datapath.is_intact() {
                     self.pending = Changes::all(self.compiler.table());
@@ -445,7 +448,8 @@ impl Worker {
             upserts = report.upserts,
             deletes = report.deletes,
             elapsed_us = elapsed.as_micros() as u64,
-            "applied"
+            "{}",
+            self.datapath.done()
         );
         self.health.applied(table, elapsed, report.refused.len());
         Ok(())

@@ -29,6 +29,8 @@ struct Inner {
     frontends: usize,
     backends: usize,
     refused: usize,
+    /// Of a dry run: mode, and differences between its table and the kernel.
+    differences: Option<(&'static str, usize)>,
 }
 
 impl Health {
@@ -47,6 +49,11 @@ impl Health {
         inner.frontends = table.frontends.len();
         inner.backends = table.services.values().map(|entry| entry.serving.len()).sum();
         inner.refused = refused;
+    }
+
+    /// A dry run found so many differences.
+    pub fn differs(&self, mode: &'static str, count: usize) {
+        self.lock().differences = Some((mode, count));
     }
 
     /// A table could not be programmed.
@@ -135,6 +142,12 @@ async fn metrics_page(State(shared): State<Shared>) -> String {
         "Unix time of the last sync.",
         unix_secs(inner.last_sync),
     );
+    if let Some((mode, count)) = inner.differences {
+        let name = "lb_dry_run_differences";
+        let _ =
+            writeln!(text, "# HELP {name} Differences between what this node should have and what it has.");
+        let _ = writeln!(text, "# TYPE {name} gauge\n{name}{{mode=\"{mode}\"}} {count}");
+    }
     if let Ok(counters) = metrics(&shared.pins) {
         let _ = writeln!(
             text,

@@ -101,7 +101,9 @@ fn changed_maps_are_noticed() {
     let key = "10 96 0 10 80 0 6 0";
     let words = ["map", "delete", "pinned", &map, "key"];
     bpftool(&words.into_iter().chain(key.split(' ')).collect::<Vec<_>>()).unwrap();
-    differs(&cluster, &["missing: frontend 10.96.0.10:80/TCP"]);
+    let link = cluster.lab.bpf_root("node1").join("v1/links/cgroup-connect4").display().to_string();
+    bpftool(&["link", "detach", "pinned", &link]).unwrap();
+    differs(&cluster, &["missing: frontend 10.96.0.10:80/TCP", "extra: detached link cgroup-connect4"]);
     restart(&mut cluster);
     agrees(&cluster, "ebpf");
 }
@@ -157,6 +159,97 @@ fn changed_rules_are_noticed() {
         restart(&mut cluster);
         agrees(&cluster, "iptables");
     }
+}
+
+/// What a dry run on node1 counts now.
+fn counted(cluster: &Cluster) -> Option<usize> {
+    let page = ["-sf", "-m", "1", "http://127.0.0.1:10349/metrics"];
+    let text = netns::output(cluster.lab.command("node1", "curl").args(page)).ok()?;
+    let line = text.lines().find(|line| line.starts_with("lb_dry_run_differences{"))?;
+    line.rsplit(' ').next()?.parse().ok()
+}
+
+/// What the kernel holds of all modes, without counters.
+fn kernel(cluster: &Cluster) -> String {
+    let said = |program: &str, words: &[&str]| {
+        netns::output(cluster.lab.command("node1", program).args(words)).unwrap()
+    };
+    let mut pins: Vec<String> = std::fs::read_dir(cluster.lab.bpf_root("node1"))
+        .into_iter()
+        .flatten()
+        .map(|entry| entry.unwrap().path().display().to_string())
+        .collect();
+    pins.sort();
+    let saved = said("iptables-legacy-save", &[]) + &said("iptables-nft-save", &[]);
+    let rules: Vec<&str> = saved.lines().filter(|line| line.starts_with("-A")).collect();
+    [pins.join("\n"), rules.join("\n"), said("nft", &["list", "tables"])].concat()
+}
+
+#[test]
+fn a_dry_run_counts_and_touches_nothing() {
+    for (mode, program, words) in [
+        ("nftables", "nft", "delete element ip kube-proxy cluster-ips { 10.96.0.10 }"),
+        ("iptables", "iptables", "-t nat -F KUBE-MARK-MASQ"),
+        ("ebpf", "bpftool", "map delete pinned PIN key 10 96 0 10 80 0 6 0"),
+    ] {
+        let mut cluster = Cluster::new(Cni::Routed, 1).expect("a cluster of namespaces");
+        cluster.apply_nodes().unwrap();
+        cluster.apply("services.yaml", &services()).unwrap();
+        let before = kernel(&cluster);
+        let mut dry = cluster.lab.command_in("node1", "dry", &lb_test::cluster::program("lb-agent")).unwrap();
+        dry.args(["run", "--dry-run", "--node-name", "node1", "--mode", mode, "--cluster-cidr", PODS])
+            .arg("--manifests")
+            .arg(cluster.manifests())
+            .arg("--bpf-root")
+            .arg(cluster.lab.bpf_root("node1"))
+            .stderr(std::fs::File::create(cluster.lab.dir().join("dry.log")).unwrap());
+        cluster.lab.adopt(dry.spawn().unwrap());
+        until(&format!("{mode}: all is missing"), || counted(&cluster).is_some_and(|count| count > 10));
+        assert_eq!(kernel(&cluster), before, "{mode}");
+        let cluster = start(cluster, mode);
+        until(&format!("{mode}: nothing is missing"), || counted(&cluster) == Some(0));
+        let pin = cluster.lab.bpf_root("node1").join("v1/LB4_FRONTENDS").display().to_string();
+        let words: Vec<&str> = words.split(' ').map(|word| if word == "PIN" { &pin } else { word }).collect();
+        netns::run(cluster.lab.command("node1", program).args(words)).unwrap();
+        until(&format!("{mode}: one is missing"), || counted(&cluster) == Some(1));
+        // A change is followed while it is made.
+        cluster.apply("services.yaml", &services().replace("30012", "30013")).unwrap();
+        let log = cluster.lab.dir().join("dry.log");
+        until(&format!("{mode}: the change is compared"), || {
+            std::fs::read_to_string(&log).unwrap().matches("nothing applied").count() > 1
+        });
+        let mut cluster = cluster;
+        restart(&mut cluster);
+        until(&format!("{mode}: nothing is missing again"), || counted(&cluster) == Some(0));
+    }
+}
+
+#[test]
+fn a_probe_leaves_nothing_and_auto_takes_what_it_says() {
+    let mut cluster = Cluster::new(Cni::Routed, 1).expect("a cluster of namespaces");
+    cluster.apply_nodes().unwrap();
+    let before = kernel(&cluster);
+    let cgroup = cluster.lab.cgroup("base").display().to_string();
+    let said = cluster.agent(1, &["probe", "-o", "json", "--cgroup-root", &cgroup]).unwrap();
+    assert_eq!(kernel(&cluster), before);
+    assert!(
+        std::fs::read_dir(&cgroup).unwrap().all(|entry| !entry.unwrap().path().is_dir()),
+        "a cgroup stays"
+    );
+    let report: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let found = |what: &str| {
+        let mut rows = report["found"].as_array().into_iter().flatten();
+        rows.find(|row| row["what"] == what).map(|row| row["found"].clone()).unwrap_or_default()
+    };
+    // Whatever these tests need is there.
+    for what in ["programs", "tc", "socket-hooks", "nft", "nftables-rules", "iptables-rules"] {
+        assert_eq!(found(what), "yes", "{what}: {said}");
+    }
+    assert_eq!(report["auto"], "ebpf", "{said}");
+    cluster.start_agent(1).unwrap();
+    let log = std::fs::read_to_string(cluster.agent_log(1)).unwrap();
+    assert!(log.contains("mode auto") && log.contains("nftables works"), "{log}");
+    assert!(cluster.lab.bpf_root("node1").join("v1").is_dir());
 }
 
 #[test]

@@ -46,11 +46,7 @@ impl Drift for EbpfDrift {
     fn desired(&mut self, table: &ServiceTable, changes: &Changes) -> Result<Listing> {
         let (ops, _) = self.planner.plan(table, changes);
         ops.iter().for_each(|op| self.planned.write(op));
-        let mut listing = list(&self.planned);
-        for (name, _) in attach::links(&self.pins) {
-            listing.insert(hook(&name), Object { lines: vec!["attached".into()], ordered: false });
-        }
-        Ok(listing)
+        Ok(list(&self.planned))
     }
 
     fn actual(&mut self) -> Result<Listing> {
@@ -63,16 +59,10 @@ impl Drift for EbpfDrift {
                 vip.lines.push("packets to it are not looked at".into());
             }
         }
-        for (name, attached) in attach::links(&self.pins) {
-            let line = if attached { "attached" } else { "detached by somebody" };
-            listing.insert(hook(&name), Object { lines: vec![line.into()], ordered: false });
-        }
+        let detached = attach::links(&self.pins).into_iter().filter(|(_, attached)| !attached);
+        listing.extend(detached.map(|(link, _)| (format!("detached link {link}"), Object::default())));
         Ok(listing)
     }
-}
-
-fn hook(link: &str) -> String {
-    format!("hook {link}")
 }
 
 fn list(actual: &Actual) -> Listing {

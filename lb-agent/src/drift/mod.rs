@@ -5,6 +5,7 @@
 //! to be known of how it prints them.
 
 pub mod command;
+pub mod dry_run;
 mod ebpf;
 mod iptables;
 mod nftables;
