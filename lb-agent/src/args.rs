@@ -14,10 +14,13 @@ use lb_common::abi::TraceFilter;
 use lb_core::{compile::CompileConfig, rules};
 
 use crate::{
-    datapath::ebpf::{
-        attach::{Modes, TcMode, XdpMode},
-        load::Sizes,
-        maps::Pins,
+    datapath::{
+        ebpf::{
+            attach::{Modes, TcMode, XdpMode},
+            load::Sizes,
+            maps::Pins,
+        },
+        ipvs::IpvsConfig,
     },
     drift,
     netlink::DeviceChoice,
@@ -109,6 +112,8 @@ pub enum Mode {
     Nftables,
     /// kube-proxy's iptables rules.
     Iptables,
+    /// IPVS, as kube-proxy sets it up but for addresses of nodes, which are never bound.
+    Ipvs,
 }
 
 impl Mode {
@@ -118,6 +123,7 @@ impl Mode {
             Self::Ebpf => "ebpf",
             Self::Nftables => "nftables",
             Self::Iptables => "iptables",
+            Self::Ipvs => "ipvs",
         }
     }
 
@@ -125,7 +131,7 @@ impl Mode {
     fn carries_sctp(self) -> bool {
         match self {
             Self::Ebpf => false,
-            Self::Nftables | Self::Iptables => true,
+            Self::Nftables | Self::Iptables | Self::Ipvs => true,
         }
     }
 }
@@ -236,6 +242,48 @@ pub struct PolicyArgs {
     /// that is not this node's to the network when a bridged pod or this node dials it.
     #[arg(long, default_value = "modern")]
     legacy_external_ip: LegacyExternalIp,
+    /// Which destination a connection gets in the ipvs mode.
+    #[arg(long, default_value = "rr")]
+    ipvs_scheduler: IpvsScheduler,
+}
+
+/// Schedulers of IPVS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum IpvsScheduler {
+    /// Round robin.
+    Rr,
+    /// Round robin by weight.
+    Wrr,
+    /// Fewest connections.
+    Lc,
+    /// Fewest connections by weight.
+    Wlc,
+    /// By a hash of the source.
+    Sh,
+    /// By a hash of the destination.
+    Dh,
+    /// Maglev, by a hash of source address and port.
+    Mh,
+    /// Shortest expected delay.
+    Sed,
+    /// An idle destination, else the shortest expected delay.
+    Nq,
+}
+
+impl From<IpvsScheduler> for rules::ipvs::Scheduler {
+    fn from(scheduler: IpvsScheduler) -> Self {
+        match scheduler {
+            IpvsScheduler::Rr => Self::Rr,
+            IpvsScheduler::Wrr => Self::Wrr,
+            IpvsScheduler::Lc => Self::Lc,
+            IpvsScheduler::Wlc => Self::Wlc,
+            IpvsScheduler::Sh => Self::Sh,
+            IpvsScheduler::Dh => Self::Dh,
+            IpvsScheduler::Mh => Self::Mh,
+            IpvsScheduler::Sed => Self::Sed,
+            IpvsScheduler::Nq => Self::Nq,
+        }
+    }
 }
 
 /// Rules for externalIPs.
@@ -268,6 +316,11 @@ impl PolicyArgs {
             legacy_external_ip: self.legacy_external_ip == LegacyExternalIp::V1_20,
             ..rules::iptables::Config::default()
         }
+    }
+
+    /// For IPVS.
+    pub fn ipvs_scheduler(&self) -> rules::ipvs::Scheduler {
+        self.ipvs_scheduler.into()
     }
 }
 
@@ -336,6 +389,10 @@ pub struct RunArgs {
     /// Policy.
     #[command(flatten)]
     policy: PolicyArgs,
+    /// In the ipvs mode, answer ARP for the asked device's own addresses only (arp_ignore=1, arp_announce=2): bound
+    /// VIPs are not announced by accident.
+    #[arg(long)]
+    ipvs_strict_arp: bool,
     /// Entries in each flow table; a connection takes two. Holds for tables that are not pinned yet.
     #[arg(long, default_value_t = 262_144)]
     flows_max: u32,
@@ -400,6 +457,8 @@ pub struct Config {
     pub compile: CompileConfig,
     /// How netfilter rules are written.
     pub rules: rules::iptables::Config,
+    /// How IPVS is set up.
+    pub ipvs: IpvsConfig,
     /// Map sizes.
     pub sizes: Sizes,
     /// Which packets to log.
@@ -446,6 +505,7 @@ impl RunArgs {
             dry_run: self.dry_run,
             compile: self.policy.compile(mode),
             rules: self.policy.rules(),
+            ipvs: IpvsConfig { scheduler: self.policy.ipvs_scheduler(), strict_arp: self.ipvs_strict_arp },
             sizes: Sizes { flows: self.flows_max.max(1024) },
             trace: self.trace_packets.as_deref().map(trace::parse_filter).transpose()?,
             healthz: self.healthz_bind_address,
@@ -498,7 +558,7 @@ mod tests {
 
     #[test]
     fn packets_are_traced_in_bpf_programs_only() {
-        for (mode, works) in [("ebpf", true), ("nftables", false), ("iptables", false)] {
+        for (mode, works) in [("ebpf", true), ("nftables", false), ("iptables", false), ("ipvs", false)] {
             let typed = ["lb-agent", "run", "--node-name", "n", "--trace-packets", "any", "--mode", mode];
             let Command::Run(options) = Args::parse_from(typed).command else { panic!("run was typed") };
             assert_eq!(options.resolve(Path::new("/sys/fs/bpf/lb")).is_ok(), works, "{mode}");

@@ -3,13 +3,14 @@
 use std::{io::IsTerminal, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
+use lb_core::rules;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
     args::{self, Args, CleanupArgs, Command, DiffArgs, ListCommand, LogFormat, Output},
     datapath::{
         ebpf::{attach, inspect, maps::Pins},
-        iptables, nftables,
+        iptables, ipvs, nftables,
     },
     drift, print,
     probe::{self, Facts},
@@ -80,6 +81,7 @@ fn status(pins: &Pins, output: Output) -> Result<()> {
 fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
     let removals = iptables::removals(options.kube_proxy)?;
     let tables = nftables::removals(options.kube_proxy);
+    let servers = ipvs::removals(options.kube_proxy)?;
     if options.dry_run {
         if pins.dir().is_dir() {
             println!("programs, links and maps pinned under {}", pins.dir().display());
@@ -90,6 +92,12 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
         for family in &tables {
             println!("nft -f -:\n{}", nftables::removal(*family));
         }
+        for removal in &servers {
+            print!("{removal}");
+        }
+        if !servers.is_empty() {
+            print!("# ipset restore\n{}# ip\nlink del {}\n", ipvs::destroyed_sets()?, rules::ipvs::DEVICE);
+        }
         return Ok(());
     }
     for family in tables {
@@ -98,6 +106,7 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
     for (programs, removal) in &removals {
         programs.restore(&removal.to_string())?;
     }
+    ipvs::remove(&servers)?;
     Ok(attach::remove_all(pins)?)
 }
 

@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use futures::{StreamExt, TryStreamExt, channel::mpsc::UnboundedReceiver};
+use lb_core::rules::ipvs;
 use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection,
     packet_route::{
@@ -218,7 +219,10 @@ impl Found {
                 network.main4 = network.main4.or(addr4);
                 network.main6 = network.main6.or(addr6);
             }
-            network.addresses.extend(&raw.addresses);
+            // What IPVS bound are VIPs, not addresses of the node.
+            if raw.name != ipvs::DEVICE {
+                network.addresses.extend(&raw.addresses);
+            }
             network.devices.push(Device {
                 ifindex: raw.ifindex,
                 name: raw.name.clone(),
@@ -254,7 +258,7 @@ impl RawDevice {
                     || (self.is_ethernet_like() && !self.addresses.is_empty())
             }
         };
-        if external && self.name != "lo" {
+        if external && self.name != "lo" && self.name != ipvs::DEVICE {
             return DeviceClass::External;
         }
         let pod = match &choice.pods {

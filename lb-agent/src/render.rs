@@ -4,7 +4,12 @@ use anyhow::{Result, bail};
 use lb_core::{
     compile::{Compiler, NodeView},
     model::Family,
-    rules::{incremental, nftables},
+    rules::{
+        incremental,
+        iptables::{Config, Translation},
+        ipvs::{Servers, sets::Set},
+        nftables,
+    },
 };
 use tracing::warn;
 
@@ -19,7 +24,7 @@ pub fn render(options: &RenderArgs) -> Result<()> {
     Ok(())
 }
 
-/// For nftables: the input of `nft -f`; for iptables: the input of `iptables-restore --noflush` and `ip6tables-restore --noflush`; for ebpf: the table that
+/// For ipvs: the input of ipset, iptables-restore, ipvsadm and ip; for nftables: the input of `nft -f`; for iptables: the input of `iptables-restore --noflush` and `ip6tables-restore --noflush`; for ebpf: the table that
 /// the maps are filled from.
 pub fn text(options: &RenderArgs) -> Result<String> {
     let (events, file_warnings) = Manifests::new(options.manifests.clone()).scan()?;
@@ -37,6 +42,7 @@ pub fn text(options: &RenderArgs) -> Result<String> {
         );
     };
     let addresses = node.addresses.clone();
+    let own = addresses.clone();
     compiler.set_addresses(addresses);
     compiler.compile();
     let of_files = file_warnings.iter().flat_map(|(_, warnings)| warnings);
@@ -53,5 +59,19 @@ pub fn text(options: &RenderArgs) -> Result<String> {
         Mode::Nftables => [Family::V4, Family::V6]
             .map(|family| nftables::Rules::all(table, family, &rules).to_string())
             .concat(),
+        Mode::Ipvs => {
+            let rules = Config { translation: Translation::Ipvs, ..rules };
+            let source = |addr| own.iter().copied().find(|own| Family::of(*own) == Family::of(addr));
+            [Family::V4, Family::V6]
+                .map(|family| {
+                    let chains = incremental::Rules::all(table, family, &rules);
+                    let sets = Set::ALL.map(|set| format!("{}\n", set.create(family))).concat();
+                    let servers = Servers::all(table, family, options.policy.ipvs_scheduler()).text(source);
+                    format!(
+                        "# {family}\n# ipset restore\n{sets}# iptables-restore --noflush\n{chains}{servers}"
+                    )
+                })
+                .concat()
+        }
     })
 }

@@ -34,6 +34,7 @@ use crate::{
             objects,
         },
         iptables::{self, IptablesDatapath},
+        ipvs::{self, IpvsDatapath},
         nftables::{self, NftablesDatapath},
     },
     drift::dry_run::DryRun,
@@ -64,7 +65,7 @@ pub async fn run(config: Config) -> Result<()> {
     let network = netlink.read().await?;
     let mut host = match config.mode {
         Mode::Ebpf if !config.dry_run => Some(Host::start(&config, &pins)?),
-        Mode::Ebpf | Mode::Nftables | Mode::Iptables => None,
+        Mode::Ebpf | Mode::Nftables | Mode::Iptables | Mode::Ipvs => None,
     };
     let follow = |host: &mut Option<Host>, network: &HostNetwork| {
         host.as_mut().map_or(Ok(()), |host| host.follow(network))
@@ -74,10 +75,11 @@ pub async fn run(config: Config) -> Result<()> {
     let health = Arc::new(Health::default());
     let (inputs, thread_inputs) = std_mpsc::channel();
     let datapath: Box<dyn Datapath> = match config.mode {
-        mode if config.dry_run => Box::new(DryRun::open(mode, &pins, &config.rules, health.clone())?),
+        _ if config.dry_run => Box::new(DryRun::open(&config, &pins, health.clone())?),
         Mode::Ebpf => Box::new(EbpfDatapath::open(&pins)?),
         Mode::Nftables => Box::new(NftablesDatapath::open(&config.rules)?),
         Mode::Iptables => Box::new(IptablesDatapath::open(config.rules.clone())?),
+        Mode::Ipvs => Box::new(IpvsDatapath::open(config.rules.clone(), config.ipvs)?),
     };
     warn_of_forwarding();
     let programmed = Arc::new(Notify::new());
@@ -139,7 +141,8 @@ fn retire_other_modes(mode: Mode, pins: &Pins) -> Result<()> {
         info!(pins = %pins.dir().display(), "the eBPF datapath is removed: this mode serves instead");
         attach::remove_all(pins)?;
     }
-    if mode != Mode::Iptables {
+    // Rules of the modes iptables and ipvs have the same chains: whoever serves has written them anew.
+    if !matches!(mode, Mode::Iptables | Mode::Ipvs) {
         for (programs, removal) in iptables::removals(false)? {
             info!(program = programs.name(), "our iptables rules are removed: this mode serves instead");
             programs.restore(&removal.to_string())?;
@@ -149,6 +152,12 @@ fn retire_other_modes(mode: Mode, pins: &Pins) -> Result<()> {
         for family in nftables::removals(false) {
             info!(%family, "our nftables table is removed: this mode serves instead");
             nftables::remove(family)?;
+        }
+    }
+    if mode != Mode::Ipvs {
+        let connections = ipvs::drain()?;
+        if connections > 0 {
+            info!(connections, "virtual servers of the ipvs mode stay until their connections have ended");
         }
     }
     Ok(())

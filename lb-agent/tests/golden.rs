@@ -113,6 +113,21 @@ fn ranges_of_cluster_ips() {
     expect_file!["golden/service-cidrs/cluster-ips-check.txt"].assert_eq(&(check.join("\n") + "\n"));
 }
 
+/// The sets, rules and virtual servers follow kube-proxy 1.36 `pkg/proxy/ipvs/proxier.go`, but for addresses of nodes,
+/// which are not bound.
+#[test]
+fn ipvs_of_every_shape() {
+    let rules = render("ipvs", "shapes", &["--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"]);
+    expect_file!["golden/shapes/ipvs.txt"].assert_eq(&rules);
+}
+
+#[test]
+fn ipvs_of_the_story_binds_no_nodes_address() {
+    let rules = render("ipvs", "story", &[]);
+    expect_file!["golden/story/ipvs.txt"].assert_eq(&rules);
+    assert!(!rules.contains("addr add 192.0.2."), "{rules}");
+}
+
 #[test]
 fn the_story() {
     expect_file!["golden/story/table.txt"].assert_eq(&table("story"));

@@ -23,7 +23,7 @@ impl fmt::Display for ServiceTable {
             write!(f, "frontend {addr:<28} {:<12} {service}", frontend.kind)?;
             write!(f, "  external={} internal={}", Scoped(&frontend.external), Scoped(&frontend.internal))?;
             write_ranges(f, frontend)?;
-            if self.vips.get(&addr.addr) == Some(&VipKind::NodeAddress) {
+            if matches!(self.vips.get(&addr.addr), Some(VipKind::NodeAddress | VipKind::OwnAddress)) {
                 write!(f, " node-address")?;
             }
             writeln!(f)?;

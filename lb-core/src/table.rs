@@ -177,8 +177,10 @@ pub struct ServiceEntry {
 pub enum VipKind {
     /// A ClusterIP, or an external VIP that belongs to no node: unknown ports are refused.
     Vip,
-    /// An address of a node (also if it is somebody's externalIP): unknown ports pass untouched, always.
+    /// An address of another node (also if it is somebody's externalIP): unknown ports pass untouched, always.
     NodeAddress,
+    /// An address of this node, likewise.
+    OwnAddress,
 }
 
 /// What this node serves. Equal inputs give equal tables, and equal tables print alike.

@@ -2,6 +2,7 @@
 
 pub mod ebpf;
 pub mod iptables;
+pub mod ipvs;
 pub mod nftables;
 
 use std::{fmt, time::Duration};

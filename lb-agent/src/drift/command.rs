@@ -53,7 +53,7 @@ pub fn diff(options: DiffArgs, pins: &Pins) -> Result<bool> {
     for warning in warnings {
         warn!(object = %warning.object, field = %warning.field, problem = %warning.problem, "look at this");
     }
-    let mut drift = open(mode, pins, &options.policy.rules())?;
+    let mut drift = open(mode, pins, &options.policy.rules(), options.policy.ipvs_scheduler())?;
     let table = compiler.table();
     let desired = drift.desired(table, &Changes::all(table))?;
     let differences = compare(&desired, &drift.actual()?);

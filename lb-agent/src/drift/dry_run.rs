@@ -3,15 +3,12 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use anyhow::Result;
-use lb_core::{
-    rules::iptables::Config,
-    table::{Changes, ServiceTable},
-};
+use lb_core::table::{Changes, ServiceTable};
 use tracing::{info, warn};
 
 use super::{Difference, Drift, Listing, compare, open};
 use crate::{
-    args::Mode,
+    args::{Config, Mode},
     datapath::{ApplyReport, Datapath, DatapathError, ebpf::maps::Pins},
     serve::Health,
 };
@@ -34,9 +31,9 @@ const LINES: usize = 20;
 
 impl DryRun {
     /// Prepares a comparison.
-    pub fn open(mode: Mode, pins: &Pins, rules: &Config, health: Arc<Health>) -> Result<Self> {
-        let drift = open(mode, pins, rules)?;
-        Ok(Self { mode, drift, health, desired: None, told: BTreeSet::new() })
+    pub fn open(config: &Config, pins: &Pins, health: Arc<Health>) -> Result<Self> {
+        let drift = open(config.mode, pins, &config.rules, config.ipvs.scheduler)?;
+        Ok(Self { mode: config.mode, drift, health, desired: None, told: BTreeSet::new() })
     }
 
     fn look(&mut self) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 use lb_core::{
+    model::Family,
     rules::{iptables::Config, names},
     table::{Changes, ServiceTable},
 };
@@ -28,6 +29,16 @@ impl IptablesDrift {
     /// Finds the programs that the machine's rules are in.
     pub fn open(config: &Config, scratch: Scratch) -> Result<Self> {
         Ok(Self { datapath: IptablesDatapath::find(config.clone())?, scratch })
+    }
+
+    /// The families that have rules here.
+    pub fn families(&self) -> impl Iterator<Item = Family> {
+        self.datapath.families()
+    }
+
+    /// Where the rules to compare with are.
+    pub fn scratch(&self) -> &Scratch {
+        &self.scratch
     }
 }
 

@@ -8,13 +8,17 @@ pub mod command;
 pub mod dry_run;
 mod ebpf;
 mod iptables;
+mod ipvs;
 mod nftables;
 
 use std::{collections::BTreeMap, fmt};
 
 use anyhow::{Context, Result, bail};
 use lb_core::{
-    rules::iptables::Config,
+    rules::{
+        iptables::{Config, Translation},
+        ipvs::Scheduler,
+    },
     table::{Changes, ServiceTable},
 };
 
@@ -47,12 +51,13 @@ pub trait Drift: Send {
 }
 
 /// Prepares a comparison; the kernel's state is only read.
-pub fn open(mode: Mode, pins: &Pins, rules: &Config) -> Result<Box<dyn Drift>> {
+pub fn open(mode: Mode, pins: &Pins, rules: &Config, scheduler: Scheduler) -> Result<Box<dyn Drift>> {
     let scratch = || Scratch::new().context("make a network namespace to load rules in: are we root?");
     Ok(match mode {
         Mode::Ebpf => Box::new(ebpf::EbpfDrift::open(pins)?),
         Mode::Nftables => Box::new(nftables::NftablesDrift::open(rules, scratch()?)?),
         Mode::Iptables => Box::new(iptables::IptablesDrift::open(rules, scratch()?)?),
+        Mode::Ipvs => Box::new(ipvs::IpvsDrift::open(rules, scheduler, scratch()?)?),
     })
 }
 
@@ -62,11 +67,12 @@ pub fn mode_in_force(pins: &Pins) -> Result<Mode> {
         Ok(match mode {
             Mode::Ebpf => pins.dir().is_dir(),
             Mode::Nftables => !datapath::nftables::removals(all).is_empty(),
-            Mode::Iptables => datapath::iptables::serves(all)?,
+            Mode::Iptables => datapath::iptables::serves(all)? == Some(Translation::Rules),
+            Mode::Ipvs => datapath::iptables::serves(all)? == Some(Translation::Ipvs),
         })
     };
     for all in [false, true] {
-        for mode in [Mode::Ebpf, Mode::Nftables, Mode::Iptables] {
+        for mode in [Mode::Ebpf, Mode::Nftables, Mode::Iptables, Mode::Ipvs] {
             if serves(mode, all)? {
                 return Ok(mode);
             }

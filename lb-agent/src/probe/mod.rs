@@ -54,6 +54,8 @@ pub enum What {
     Ip6tablesRules,
     /// The kernel's virtual servers.
     IpVs,
+    /// The program that writes virtual servers.
+    Ipvsadm,
     /// The program ipset.
     Ipset,
     /// Dummy devices.

@@ -49,6 +49,7 @@ impl Facts {
             (What::Bpffs, bpffs(bpf_root)),
             (What::Btf, btf()),
             (What::Nft, nft_program()),
+            (What::Ipvsadm, in_path("ipvsadm")),
             (What::IpVs, module("ip_vs", Path::new("/proc/net/ip_vs"))),
             (What::Dummy, module("dummy", Path::new("/sys/module/dummy"))),
             (
@@ -176,6 +177,15 @@ fn program(name: &str, args: &[&str]) -> Finding {
         }
         Ok(output) => Finding::no(format!("{name} doesn't work ({})", output.status)),
         Err(_) => Finding::no(format!("no {name} in $PATH")),
+    }
+}
+
+/// A program that can't be asked for its version without changing something: ipvsadm would load a module.
+fn in_path(name: &str) -> Finding {
+    let dirs = std::env::var_os("PATH").unwrap_or_default();
+    match std::env::split_paths(&dirs).map(|dir| dir.join(name)).find(|path| path.is_file()) {
+        Some(path) => Finding::yes(path.display().to_string()),
+        None => Finding::no(format!("no {name} in $PATH")),
     }
 }
 

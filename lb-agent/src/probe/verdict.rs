@@ -30,7 +30,7 @@ pub struct Verdict {
     pub works: Works,
     /// What is missing, and what to install, mount or boot to get further.
     pub why: Vec<String>,
-    /// As an option of `run`; `None` if this build has no such datapath, or who asks may not use it.
+    /// As an option of `run`; `None` if who asks may not use it.
     #[serde(skip)]
     pub runs: Option<Mode>,
 }
@@ -51,7 +51,7 @@ impl fmt::Display for Verdict {
 /// What a mode can't do without, and what it can.
 struct Needs {
     mode: &'static str,
-    runs: Option<Mode>,
+    runs: Mode,
     kernel: (u32, u32),
     must: &'static [What],
     /// With what is not served else.
@@ -62,7 +62,7 @@ struct Needs {
 const MODES: [Needs; 4] = [
     Needs {
         mode: "ebpf",
-        runs: Some(Mode::Ebpf),
+        runs: Mode::Ebpf,
         // That the programs load says more than a number: distributions carry features back.
         kernel: (0, 0),
         must: &[What::BpfPrivileges, What::Bpffs, What::Programs, What::Tc],
@@ -70,7 +70,7 @@ const MODES: [Needs; 4] = [
     },
     Needs {
         mode: "nftables",
-        runs: Some(Mode::Nftables),
+        runs: Mode::Nftables,
         // kube-proxy 1.36 `pkg/proxy/nftables/proxier.go` `getNFTablesInterface`.
         kernel: (5, 13),
         must: &[What::NetPrivileges, What::Nft, What::NftablesRules],
@@ -78,18 +78,19 @@ const MODES: [Needs; 4] = [
     },
     Needs {
         mode: "iptables",
-        runs: Some(Mode::Iptables),
+        runs: Mode::Iptables,
         kernel: (0, 0),
         must: &[What::NetPrivileges, What::Iptables, What::IptablesRules],
         should: &[(What::Ip6tablesRules, "IPv6 is not served")],
     },
     Needs {
         mode: "ipvs",
-        runs: None,
+        runs: Mode::Ipvs,
         kernel: (0, 0),
         must: &[
             What::NetPrivileges,
             What::IpVs,
+            What::Ipvsadm,
             What::Dummy,
             What::Ipset,
             What::Iptables,
@@ -153,10 +154,7 @@ impl Needs {
                 _ => {}
             }
         }
-        if self.runs.is_none() && works != Works::No {
-            why.push("this agent has no such mode".to_owned());
-        }
-        Verdict { mode: self.mode, works, why, runs: self.runs.filter(|_| may) }
+        Verdict { mode: self.mode, works, why, runs: may.then_some(self.runs) }
     }
 }
 
@@ -180,6 +178,7 @@ impl What {
             Self::IptablesRules => "iptables rules",
             Self::Ip6tablesRules => "ip6tables rules",
             Self::IpVs => "ip_vs",
+            Self::Ipvsadm => "ipvsadm",
             Self::Ipset => "ipset",
             Self::Dummy => "dummy devices",
         }
@@ -208,6 +207,7 @@ impl What {
             Self::IptablesRules => "boot a kernel with CONFIG_NFT_COMPAT or IP_NF_NAT, and NETFILTER_XTABLES",
             Self::Ip6tablesRules => "boot a kernel with CONFIG_IP6_NF_IPTABLES and NF_NAT",
             Self::IpVs => "boot a kernel with CONFIG_IP_VS, or install the package that has its modules",
+            Self::Ipvsadm => "install the package ipvsadm",
             Self::Ipset => "install the package ipset",
             Self::Dummy => "boot a kernel with CONFIG_DUMMY",
         }
@@ -221,7 +221,7 @@ mod tests {
     use super::*;
     use crate::probe::Finding;
 
-    const ALL: [What; 18] = [
+    const ALL: [What; 19] = [
         What::Kernel,
         What::BpfPrivileges,
         What::NetPrivileges,
@@ -238,6 +238,7 @@ mod tests {
         What::IptablesRules,
         What::Ip6tablesRules,
         What::IpVs,
+        What::Ipvsadm,
         What::Ipset,
         What::Dummy,
     ];

@@ -184,10 +184,11 @@ fn unusable(addr: IpAddr) -> Option<&'static str> {
 }
 
 /// The ranges of one family; a Service whose ranges are all of the other family does not restrict this one
-/// (kube-proxy filters per family).
+/// (kube-proxy filters per family), nor does one that lets the whole family in (`serviceport.go`, a range of `/0`).
 fn source_ranges(service: &Service, family: Family) -> Arc<[IpNet]> {
     let of_family = |range: &&IpNet| Family::of(range.addr()) == family;
-    service.source_ranges.iter().filter(of_family).copied().collect()
+    let ranges: Arc<[IpNet]> = service.source_ranges.iter().filter(of_family).copied().collect();
+    if ranges.iter().any(|range| range.prefix_len() == 0) { Arc::new([]) } else { ranges }
 }
 
 pub(super) fn warning(service: &Service, field: String, problem: String) -> Warning {

@@ -172,7 +172,7 @@ impl Compiler {
         self.node_addresses =
             self.snapshot.node_addresses().chain(self.node.addresses.iter().copied()).collect();
         for (addr, kind) in &mut self.table.vips {
-            let now = vip_kind(&self.node_addresses, *addr);
+            let now = vip_kind(&self.node_addresses, &self.node.addresses, *addr);
             if *kind != now {
                 *kind = now;
                 changes.vips.insert(*addr);
@@ -263,7 +263,7 @@ impl Compiler {
         };
         let uses = self.vip_uses.entry(addr.addr).or_default();
         *uses = uses.saturating_add_signed(difference);
-        let desired = (*uses > 0).then(|| vip_kind(&self.node_addresses, addr.addr));
+        let desired = (*uses > 0).then(|| vip_kind(&self.node_addresses, &self.node.addresses, addr.addr));
         if *uses == 0 {
             self.vip_uses.remove(&addr.addr);
         }
@@ -296,6 +296,10 @@ impl Compiler {
     }
 }
 
-fn vip_kind(node_addresses: &BTreeSet<IpAddr>, addr: IpAddr) -> VipKind {
-    if node_addresses.contains(&addr) || addr.is_loopback() { VipKind::NodeAddress } else { VipKind::Vip }
+fn vip_kind(node_addresses: &BTreeSet<IpAddr>, own: &[IpAddr], addr: IpAddr) -> VipKind {
+    match addr {
+        _ if own.contains(&addr) || addr.is_loopback() => VipKind::OwnAddress,
+        _ if node_addresses.contains(&addr) => VipKind::NodeAddress,
+        _ => VipKind::Vip,
+    }
 }

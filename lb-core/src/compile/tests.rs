@@ -206,6 +206,16 @@ fn source_ranges_restrict_load_balancer_addresses_alone() {
 }
 
 #[test]
+fn a_range_of_everything_is_no_restriction() {
+    let mut web = service("web", "10.96.0.1");
+    web.load_balancer_ips = vec![ip("198.51.100.1")];
+    let ranges = ["192.0.2.0/24", "0.0.0.0/0"];
+    web.source_ranges = ranges.map(|range| range.parse().unwrap()).to_vec();
+    let table = compiled(vec![Event::Service(web)]).table.to_string();
+    assert!(table.contains("198.51.100.1:80") && !table.contains("sources="), "{table}");
+}
+
+#[test]
 fn the_older_service_has_the_frontend() {
     let mut old = service("old", "10.96.0.1");
     old.external_ips = vec![ip("198.51.100.1")];

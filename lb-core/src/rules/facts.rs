@@ -1,11 +1,14 @@
 //! What rules of either kind ask of a service port (kube-proxy `syncProxyRules`, before it writes anything).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 
 use crate::{
-    model::Family,
+    model::{Family, Protocol},
     table::{
         Backend, BackendList, Changes, Frontend, FrontendAddr, FrontendKind, NoBackends, ServiceEntry,
         ServicePortId, ServiceTable,
@@ -46,6 +49,12 @@ impl Owners {
             }
         }
         touched
+    }
+
+    /// The service ports with frontends on an address.
+    pub(super) fn of_address(&self, addr: IpAddr) -> impl Iterator<Item = &ServicePortId> {
+        let first = FrontendAddr { addr, port: 0, protocol: Protocol::Tcp };
+        self.owners.range(first..).take_while(move |(frontend, _)| frontend.addr == addr).map(|(_, id)| id)
     }
 
     /// A service port's frontends.

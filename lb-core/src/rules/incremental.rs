@@ -75,7 +75,7 @@ impl Rules {
     /// Everything for a table, as one transaction from nothing; the jumps are in it.
     pub fn all(table: &ServiceTable, family: Family, config: &Config) -> Transaction {
         let mut transaction = Self::new(family, config.clone()).update(table, &Changes::all(table));
-        for (of, from, rule) in iptables::jumps(family) {
+        for (of, from, rule) in iptables::jumps(family, config) {
             transaction.jump(of, from, rule.to_string());
         }
         transaction

@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use super::{
     Match, Net, Rule, Target,
     facts::Facts,
+    ipvs,
     names::{self, of_endpoint},
 };
 use crate::{
@@ -40,6 +41,18 @@ pub struct Config {
     /// Capture externalIPs as kube-proxy 1.20 did: not from this node's bridged pods and own processes, unless the
     /// address is this node's.
     pub legacy_external_ip: bool,
+    /// Who translates.
+    pub translation: Translation,
+}
+
+/// Who translates what the rules let through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Translation {
+    /// Rules of each service port.
+    #[default]
+    Rules,
+    /// IPVS; the rules masquerade and filter ([`super::ipvs::chains`]).
+    Ipvs,
 }
 
 impl Default for Config {
@@ -53,6 +66,7 @@ impl Default for Config {
             random_fully: true,
             drop_invalid: true,
             legacy_external_ip: false,
+            translation: Translation::Rules,
         }
     }
 }
@@ -138,7 +152,11 @@ pub fn of_service(
         external: names::of_service("KUBE-EXT-", id),
         firewall: names::of_service("KUBE-FW-", id),
     };
-    let port = Port { facts: Facts::new(id, entry, frontends), config, chains, large };
+    let facts = Facts::new(id, entry, frontends);
+    if config.translation == Translation::Ipvs {
+        return ipvs::chains::of_service(&facts);
+    }
+    let port = Port { facts, config, chains, large };
     let mut rules = ServiceRules::default();
     port.capture_cluster_ips(&mut rules);
     port.capture_external_ips(&mut rules);
@@ -406,6 +424,9 @@ impl Port<'_> {
 
 /// Chains that stand once, with the rules that come after those of services.
 pub fn base(table: &ServiceTable, family: Family, config: &Config) -> BTreeMap<Chain, Vec<Rule>> {
+    if config.translation == Translation::Ipvs {
+        return ipvs::chains::base(family, config);
+    }
     let rule = |matches: Vec<Match>, target| Rule { matches, target: Some(target) };
     let comment = |text: &str| Match::Comment(text.into());
     let mark = config.masquerade_mark;
@@ -490,7 +511,10 @@ fn to_node_ports(table: &ServiceTable, family: Family, config: &Config) -> Vec<R
 
 /// Where the kernel's chains call ours: table, calling chain, rule. Each is prepended, so that the last comes first
 /// (kube-proxy `iptablesJumpChains`, `iptablesKubeletJumpChains`).
-pub fn jumps(family: Family) -> Vec<(Table, &'static str, Rule)> {
+pub fn jumps(family: Family, config: &Config) -> Vec<(Table, &'static str, Rule)> {
+    if config.translation == Translation::Ipvs {
+        return ipvs::chains::jumps();
+    }
     let jump = |table, from: &'static str, to: &str, text: &str, new: bool| {
         let state = new.then_some(Match::CtState("NEW"));
         let matches = state.into_iter().chain([Match::Comment(text.into())]).collect();

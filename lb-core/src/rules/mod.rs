@@ -5,6 +5,7 @@
 mod facts;
 pub mod incremental;
 pub mod iptables;
+pub mod ipvs;
 pub mod names;
 pub mod nftables;
 #[cfg(test)]
@@ -18,7 +19,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::model::Protocol;
+use crate::{model::Protocol, table::FrontendAddr};
 
 /// One rule: all matches hold, then the target. Matches print in their order.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -68,6 +69,10 @@ pub enum Match {
     RecentlySeen(Arc<str>, u32),
     /// Holds always, and puts the source into this list of recent sources.
     RememberSource(Arc<str>),
+    /// Parts of the packet are an element of this ipset: set, parts.
+    InSet(Arc<str>, &'static str),
+    /// IPVS took the packet for this virtual server.
+    VirtualServer(FrontendAddr),
 }
 
 /// An address, or a range of them; they print as they are.
@@ -144,6 +149,11 @@ impl fmt::Display for Match {
                 write!(f, "-m recent --name {list} --rcheck --seconds {seconds} --reap")
             }
             Self::RememberSource(list) => write!(f, "-m recent --name {list} --set"),
+            Self::InSet(set, parts) => write!(f, "-m set --match-set {set} {parts}"),
+            Self::VirtualServer(FrontendAddr { addr, port, protocol }) => {
+                let protocol = names::protocol(*protocol);
+                write!(f, "-m ipvs --vaddr {addr} --vproto {protocol} --vport {port}")
+            }
         }
     }
 }

@@ -25,6 +25,16 @@ pub const MARK_MASQ: &str = "KUBE-MARK-MASQ";
 pub const FORWARD: &str = "KUBE-FORWARD";
 /// Packets that no source range let through.
 pub const PROXY_FIREWALL: &str = "KUBE-PROXY-FIREWALL";
+/// Packets to load-balancer IPs, in IPVS mode.
+pub const LOAD_BALANCER: &str = "KUBE-LOAD-BALANCER";
+/// Packets to addresses of this node, in IPVS mode.
+pub const NODE_PORT: &str = "KUBE-NODE-PORT";
+/// Packets to load-balancer IPs with source ranges, in IPVS mode.
+pub const SOURCE_RANGES_FIREWALL: &str = "KUBE-SOURCE-RANGES-FIREWALL";
+/// Packets to VIPs that are delivered to this node, in IPVS mode.
+pub const IPVS_FILTER: &str = "KUBE-IPVS-FILTER";
+/// Packets of this node to load-balancer IPs, in IPVS mode.
+pub const IPVS_OUT_FILTER: &str = "KUBE-IPVS-OUT-FILTER";
 /// The kubelet's protection of 127.0.0.0/8, which both write.
 pub const KUBELET_FIREWALL: &str = "KUBE-FIREWALL";
 /// Empty; when it is gone, somebody has flushed the rules.
@@ -36,7 +46,7 @@ pub const OWNER: &str = "LB-AGENT-OWNER";
 pub const KUBELET_CANARY: &str = "KUBE-KUBELET-CANARY";
 
 /// Chains that stand once, in whichever table.
-pub const SHARED: [&str; 10] = [
+pub const SHARED: [&str; 15] = [
     SERVICES,
     EXTERNAL_SERVICES,
     NODE_PORTS,
@@ -44,6 +54,11 @@ pub const SHARED: [&str; 10] = [
     MARK_MASQ,
     FORWARD,
     PROXY_FIREWALL,
+    LOAD_BALANCER,
+    NODE_PORT,
+    SOURCE_RANGES_FIREWALL,
+    IPVS_FILTER,
+    IPVS_OUT_FILTER,
     KUBELET_FIREWALL,
     CANARY,
     OWNER,

@@ -82,7 +82,7 @@ fn fresh(table: &ServiceTable) -> Loaded {
 }
 
 /// Calls `check` with a table, and what changed since the last call, after each of many random changes.
-fn random_changes(mut check: impl FnMut(u32, &ServiceTable, &Changes)) {
+pub(super) fn random_changes(mut check: impl FnMut(u32, &ServiceTable, &Changes)) {
     let view = NodeView { addresses: vec!["192.0.2.1".parse().unwrap()], ..NodeView::default() };
     let mut compiler = Compiler::new(CompileConfig::default(), view);
     // A linear congruential generator (Numerical Recipes): the same events at every run.

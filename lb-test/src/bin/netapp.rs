@@ -6,6 +6,7 @@
 use std::{
     io::{BufRead, BufReader, ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -52,6 +53,9 @@ enum Command {
         /// A new socket for each.
         #[arg(long, default_value_t = 1)]
         count: u32,
+        /// Length of the question; more than a packet takes goes out in fragments.
+        #[arg(long, default_value_t = 2)]
+        bytes: usize,
         #[arg(long, default_value_t = 2000)]
         timeout_ms: u64,
     },
@@ -72,6 +76,9 @@ enum Command {
         udp: u32,
         #[arg(long)]
         secs: f64,
+        /// Leave TCP connections with a reset: nobody waits for the last segments.
+        #[arg(long)]
+        abort: bool,
     },
 }
 
@@ -82,16 +89,17 @@ fn main() -> Result<()> {
             (0..count).for_each(|_| println!("{}", tcp(target, Duration::from_millis(timeout_ms))));
             Ok(())
         }
-        Command::Udp { target, connected, dual_stack, count, timeout_ms } => {
+        Command::Udp { target, connected, dual_stack, count, bytes, timeout_ms } => {
             let timeout = Duration::from_millis(timeout_ms);
-            (0..count).for_each(|_| println!("{}", udp(target, connected, dual_stack, timeout)));
+            let question = vec![b'?'; bytes];
+            (0..count).for_each(|_| println!("{}", udp(target, connected, dual_stack, &question, timeout)));
             Ok(())
         }
         Command::Download { target, bytes, pause_ms } => {
             download(target, bytes, Duration::from_millis(pause_ms))
         }
-        Command::Load { target, connections, udp, secs } => {
-            println!("{}", load(target, connections, udp, Duration::from_secs_f64(secs)));
+        Command::Load { target, connections, udp, secs, abort } => {
+            println!("{}", load(target, connections, udp, Duration::from_secs_f64(secs), abort));
             Ok(())
         }
     }
@@ -110,7 +118,7 @@ fn serve(id: &str, listen: &[SocketAddr]) -> Result<()> {
         }));
         let (udp, id_udp) = (UdpSocket::bind(addr).with_context(|| format!("bind {addr}"))?, id.to_owned());
         threads.push(thread::spawn(move || {
-            let mut buffer = [0; 2048];
+            let mut buffer = vec![0; 1 << 16];
             while let Ok((_, peer)) = udp.recv_from(&mut buffer) {
                 let _ = udp.send_to(format!("{id_udp} {peer}").as_bytes(), peer);
             }
@@ -206,7 +214,13 @@ fn tcp(target: SocketAddr, timeout: Duration) -> serde_json::Value {
     }
 }
 
-fn udp(target: SocketAddr, connected: bool, dual_stack: bool, timeout: Duration) -> serde_json::Value {
+fn udp(
+    target: SocketAddr,
+    connected: bool,
+    dual_stack: bool,
+    question: &[u8],
+    timeout: Duration,
+) -> serde_json::Value {
     let started = Instant::now();
     let ask = || -> std::io::Result<(String, SocketAddr)> {
         let local: SocketAddr =
@@ -220,10 +234,10 @@ fn udp(target: SocketAddr, connected: bool, dual_stack: bool, timeout: Duration)
         let mut buffer = [0; 2048];
         let (len, peer) = if connected {
             socket.connect(target)?;
-            socket.send(b"id")?;
+            socket.send(question)?;
             (socket.recv(&mut buffer)?, socket.peer_addr()?)
         } else {
-            socket.send_to(b"id", target)?;
+            socket.send_to(question, target)?;
             socket.recv_from(&mut buffer)?
         };
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
@@ -268,13 +282,19 @@ struct Counts {
     udp_lost: AtomicU64,
 }
 
-fn load(target: SocketAddr, connections: u32, udp: u32, duration: Duration) -> serde_json::Value {
+fn load(
+    target: SocketAddr,
+    connections: u32,
+    udp: u32,
+    duration: Duration,
+    abort: bool,
+) -> serde_json::Value {
     let counts = Arc::new(Counts::default());
     let deadline = Instant::now() + duration;
     let mut threads = Vec::new();
     for _ in 0..connections {
         let counts = counts.clone();
-        threads.push(thread::spawn(move || load_tcp(target, &counts, deadline)));
+        threads.push(thread::spawn(move || load_tcp(target, &counts, deadline, abort)));
     }
     for _ in 0..udp {
         let counts = counts.clone();
@@ -289,7 +309,7 @@ fn load(target: SocketAddr, connections: u32, udp: u32, duration: Duration) -> s
 }
 
 /// One connection for the whole time; its answers must always come from the same server.
-fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant) {
+fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant, abort: bool) {
     let talk = || -> std::io::Result<()> {
         let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(10))?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -308,7 +328,7 @@ fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant) {
             }
             thread::sleep(Duration::from_millis(50));
         }
-        Ok(())
+        if abort { close_with_reset(stream) } else { Ok(()) }
     };
     if let Err(error) = talk() {
         let timed_out = matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock);
@@ -318,10 +338,26 @@ fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant) {
     }
 }
 
+/// Closing a socket that must not linger sends a reset (socket(7), SO_LINGER).
+fn close_with_reset(stream: TcpStream) -> std::io::Result<()> {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    // SAFETY: linger is as long as the length says, and lives through the call.
+    let result = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_LINGER,
+            (&raw const linger).cast(),
+            size_of::<libc::linger>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
 /// A new socket for each question; the answer must come from where it was sent.
 fn load_udp(target: SocketAddr, counts: &Counts, deadline: Instant) {
     while Instant::now() < deadline {
-        let answer = udp(target, false, false, Duration::from_secs(5));
+        let answer = udp(target, false, false, b"id", Duration::from_secs(5));
         counts.udp_requests.fetch_add(1, Ordering::Relaxed);
         if answer.get("error").is_some() {
             counts.udp_lost.fetch_add(1, Ordering::Relaxed);

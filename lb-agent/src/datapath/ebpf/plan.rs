@@ -403,7 +403,7 @@ impl Planner {
         for addr in &changes.vips {
             let desired = table.vips.get(addr).map(|kind| match kind {
                 VipKind::Vip => vip_kind::VIP,
-                VipKind::NodeAddress => vip_kind::NODE_ADDRESS,
+                VipKind::NodeAddress | VipKind::OwnAddress => vip_kind::NODE_ADDRESS,
             });
             match desired {
                 Some(kind) if self.vips.get(addr) == Some(&kind) => {}

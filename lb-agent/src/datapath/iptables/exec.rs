@@ -210,6 +210,11 @@ impl Loaded {
         loaded
     }
 
+    /// A kubelet may have made this chain, which is here.
+    pub fn is_of_kubelet(&self, table: Table, chain: &str) -> bool {
+        self.kubelet.contains(&table) && names::SHARED_WITH_KUBELET.contains(&chain)
+    }
+
     /// Our agent wrote these, not kube-proxy.
     pub fn is_owned(&self) -> bool {
         self.chains.contains(&(Table::Mangle, Arc::from(names::OWNER)))

@@ -8,7 +8,7 @@ use lb_core::{
     model::Family,
     rules::{
         incremental::{Rules, Transaction},
-        iptables::{self, Config, Table},
+        iptables::{self, Config, Table, Translation},
         names,
     },
     table::{Changes, ServiceTable},
@@ -71,6 +71,13 @@ impl IptablesDatapath {
     }
 }
 
+impl IptablesDatapath {
+    /// The families that are served.
+    pub fn families(&self) -> impl Iterator<Item = Family> {
+        self.families.iter().map(|family| family.family)
+    }
+}
+
 fn sysctl_is_on(name: &str) -> bool {
     fs::read_to_string(Path::new("/proc/sys").join(name)).is_ok_and(|value| value.trim() == "1")
 }
@@ -128,10 +135,18 @@ impl FamilyRules {
         let mut rules = Rules::new(self.family, self.config.clone());
         let mut transaction = rules.update(table, &Changes::all(table));
         let desired = rules.chains();
-        for (of, chain) in loaded.chains.into_iter().filter(|chain| !desired.contains(chain)) {
-            transaction.delete(of, chain);
+        let gone = |of: Table, chain: &str| {
+            !desired.contains(&(of, chain.into())) && !loaded.is_of_kubelet(of, chain)
+        };
+        for (of, _, to, line) in &loaded.jumps {
+            if gone(*of, to) {
+                transaction.remove_jump(*of, line.clone());
+            }
         }
-        for (of, from, rule) in iptables::jumps(self.family) {
+        for (of, chain) in loaded.chains.iter().filter(|(of, chain)| gone(*of, chain)) {
+            transaction.delete(*of, chain.clone());
+        }
+        for (of, from, rule) in iptables::jumps(self.family, &self.config) {
             let target = rule.target.as_ref().map(ToString::to_string).unwrap_or_default();
             let there = loaded
                 .jumps
@@ -154,7 +169,7 @@ impl FamilyRules {
             self.programs.list(table, chain).is_some_and(|rules| !rules.contains(what))
         };
         let gone = Table::ALL.iter().any(|table| lacks(*table, names::CANARY, names::CANARY))
-            || iptables::jumps(self.family).into_iter().any(|(table, from, rule)| {
+            || iptables::jumps(self.family, &self.config).into_iter().any(|(table, from, rule)| {
                 rule.target.is_some_and(|target| lacks(table, from, &target.to_string()))
             });
         if gone {
@@ -190,26 +205,29 @@ pub fn removals(all: bool) -> Result<Vec<(Programs, Transaction)>, DatapathError
     Ok(removals)
 }
 
-/// Services are served by these rules now, without `all` by our agent's.
-pub fn serves(all: bool) -> Result<bool, DatapathError> {
-    let Ok(variant) = Variant::detect() else { return Ok(false) };
+/// How services are served by this machine's rules, if they are; without `all` only if our agent wrote them.
+pub fn serves(all: bool) -> Result<Option<Translation>, DatapathError> {
+    let Ok(variant) = Variant::detect() else { return Ok(None) };
     let loaded = Loaded::parse(&Programs { variant, family: Family::V4 }.save(None)?);
     let dispatch = (Table::Nat, names::SERVICES.into());
-    Ok(loaded.chains.contains(&dispatch) && (all || loaded.is_owned()))
+    // kube-proxy has it since 1.26.
+    let beside_ipvs = (Table::Filter, names::IPVS_FILTER.into());
+    let serves = loaded.chains.contains(&dispatch) && (all || loaded.is_owned());
+    Ok(serves.then(|| match loaded.chains.contains(&beside_ipvs) {
+        true => Translation::Ipvs,
+        false => Translation::Rules,
+    }))
 }
 
 fn removal(loaded: &Loaded) -> Transaction {
     let mut removal = Transaction::default();
-    let stays = |table: Table, chain: &str| {
-        loaded.kubelet.contains(&table) && names::SHARED_WITH_KUBELET.contains(&chain)
-    };
     for (table, _, to, line) in &loaded.jumps {
-        if !stays(*table, to) {
+        if !loaded.is_of_kubelet(*table, to) {
             removal.remove_jump(*table, line.clone());
         }
     }
     for (table, chain) in &loaded.chains {
-        if !stays(*table, chain) {
+        if !loaded.is_of_kubelet(*table, chain) {
             removal.delete(*table, chain.clone());
         }
     }
