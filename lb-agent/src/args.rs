@@ -4,11 +4,11 @@ use std::{
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, LazyLock},
 };
 
 use anyhow::{Context, Result, bail};
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, builder::PossibleValue};
 use ipnet::IpNet;
 use lb_common::abi::TraceFilter;
 use lb_core::{compile::CompileConfig, rules};
@@ -18,10 +18,13 @@ use crate::{
         ebpf::{
             attach::{Modes, TcMode, XdpMode},
             load::Sizes,
+            maps::Pins,
         },
         ipvs::IpvsConfig,
     },
+    drift,
     netlink::DeviceChoice,
+    probe::{self, Facts},
     trace,
 };
 
@@ -47,10 +50,13 @@ const EXAMPLES: &str = "Examples:
   lb-agent run                                  in a DaemonSet, with the pod's service account
   lb-agent run --kubeconfig ~/.kube/config --node-name node-1
   lb-agent run --manifests ./manifests          without an API server
+  lb-agent probe                                which modes work here, and why not the others
   lb-agent service list
   lb-agent backend list -o json
   lb-agent status
   lb-agent render --mode iptables --manifests ./manifests --node-name node-1
+  lb-agent run --dry-run --mode iptables --cluster-cidr 10.244.0.0/16     beside kube-proxy
+  lb-agent diff --manifests ./manifests --node-name node-1
   lb-agent cleanup --dry-run";
 
 /// How log lines look.
@@ -67,6 +73,10 @@ pub enum LogFormat {
 pub enum Command {
     /// Serve this node until told to stop; the kernel goes on serving after that.
     Run(Box<RunArgs>),
+    /// What this machine can, which modes work on it, and which one `run` takes; leaves everything as it is.
+    Probe(ProbeArgs),
+    /// What this node has against what it should have: exit code 1 if they differ, 2 if that can't be told.
+    Diff(Box<DiffArgs>),
     /// Remove everything of ours from this node, and nothing else.
     Cleanup(CleanupArgs),
     /// Print what a node would be programmed with; touches nothing and needs no privileges.
@@ -116,6 +126,75 @@ impl Mode {
             Self::Ipvs => "ipvs",
         }
     }
+
+    /// The BPF programs know TCP and UDP only.
+    fn carries_sctp(self) -> bool {
+        match self {
+            Self::Ebpf => false,
+            Self::Nftables | Self::Iptables | Self::Ipvs => true,
+        }
+    }
+}
+
+/// `--mode` of `run`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModeChoice {
+    /// The best that works here.
+    Auto,
+    /// This one.
+    Fixed(Mode),
+}
+
+static MODE_CHOICES: LazyLock<Vec<ModeChoice>> = LazyLock::new(|| {
+    let fixed = Mode::value_variants().iter().copied().map(ModeChoice::Fixed);
+    std::iter::once(ModeChoice::Auto).chain(fixed).collect()
+});
+
+impl ValueEnum for ModeChoice {
+    fn value_variants<'a>() -> &'a [Self] {
+        &MODE_CHOICES
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        match self {
+            Self::Auto => Some(PossibleValue::new("auto").help("The best that works here; see `probe`")),
+            Self::Fixed(mode) => mode.to_possible_value(),
+        }
+    }
+}
+
+/// Options of `diff`.
+#[derive(ClapArgs, Debug)]
+pub struct DiffArgs {
+    /// Of which datapath; the one that serves this node if not given.
+    #[arg(long)]
+    pub mode: Option<Mode>,
+    /// Take objects from the YAML and JSON files of this folder instead of an API server.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "context"])]
+    pub manifests: Option<PathBuf>,
+    /// A kubeconfig file; else $KUBECONFIG or the pod's service account.
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// A context of the kubeconfig.
+    #[arg(long)]
+    pub context: Option<String>,
+    /// This node's name in the cluster; the host name if not given.
+    #[arg(long, env = "NODE_NAME")]
+    pub node_name: Option<String>,
+    /// Policy: give what `run` was given.
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+}
+
+/// Options of `probe`.
+#[derive(ClapArgs, Debug)]
+pub struct ProbeArgs {
+    /// The cgroup v2 directory whose sockets would be served; the mount's root if not given.
+    #[arg(long, value_name = "DIR")]
+    pub cgroup_root: Option<PathBuf>,
+    /// How to print.
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 /// Options of `cleanup`.
@@ -223,11 +302,12 @@ pub enum LegacyExternalIp {
 
 impl PolicyArgs {
     /// For the compiler.
-    pub fn compile(&self) -> CompileConfig {
+    pub fn compile(&self, mode: Mode) -> CompileConfig {
         CompileConfig {
             node_port_addresses: self.node_port_addresses.clone(),
             localhost_node_ports: true,
             masquerade_all: self.masquerade_all,
+            sctp: mode.carries_sctp(),
         }
     }
 
@@ -277,8 +357,12 @@ pub enum Output {
 #[command(after_help = EXAMPLES)]
 pub struct RunArgs {
     /// What carries packets to backends.
-    #[arg(long, default_value = "ebpf", env = "LB_MODE")]
-    mode: Mode,
+    #[arg(long, default_value = "auto", env = "LB_MODE")]
+    mode: ModeChoice,
+    /// Touch nothing in the kernel: count how far what kube-proxy or another agent has there is from what it should
+    /// be, as metric lb_dry_run_differences. Without --mode for the one that serves this node.
+    #[arg(long, conflicts_with = "trace_packets")]
+    dry_run: bool,
     /// This node's name in the cluster; the host name if not given.
     #[arg(long, env = "NODE_NAME")]
     node_name: Option<String>,
@@ -323,11 +407,11 @@ pub struct RunArgs {
     /// Log each decision on packets that match: `any`, `10.0.0.5`, `10.0.0.5:80`, `:53/udp`, `[fd00::1]:443/tcp`.
     #[arg(long, value_name = "FILTER")]
     trace_packets: Option<String>,
-    /// Where /healthz and /livez are served.
-    #[arg(long, default_value = "0.0.0.0:10256")]
+    /// Where /healthz and /livez are served; with --dry-run 127.0.0.1:10356.
+    #[arg(long, default_value = "0.0.0.0:10256", default_value_if("dry_run", "true", "127.0.0.1:10356"))]
     healthz_bind_address: SocketAddr,
-    /// Where /metrics is served.
-    #[arg(long, default_value = "127.0.0.1:10249")]
+    /// Where /metrics is served; with --dry-run 127.0.0.1:10349.
+    #[arg(long, default_value = "127.0.0.1:10249", default_value_if("dry_run", "true", "127.0.0.1:10349"))]
     metrics_bind_address: SocketAddr,
     /// Least time between two writes to the kernel, in milliseconds: what changes meanwhile is written together.
     #[arg(long, default_value_t = 5)]
@@ -348,6 +432,16 @@ pub enum SourceConfig {
     },
 }
 
+impl SourceConfig {
+    /// A folder if one is given, else an API server.
+    pub fn new(manifests: Option<PathBuf>, kubeconfig: Option<PathBuf>, context: Option<String>) -> Self {
+        match manifests {
+            Some(dir) => Self::Manifests(dir),
+            None => Self::Kubernetes { kubeconfig, context },
+        }
+    }
+}
+
 /// What the options mean.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -365,6 +459,8 @@ pub struct Config {
     pub modes: Modes,
     /// What carries packets to backends.
     pub mode: Mode,
+    /// Compare only.
+    pub dry_run: bool,
     /// Policy.
     pub compile: CompileConfig,
     /// How netfilter rules are written.
@@ -388,17 +484,14 @@ pub struct Config {
 impl RunArgs {
     /// Resolves the options against this machine.
     pub fn resolve(self, bpf_root: &Path) -> Result<Config> {
-        let node_name = match self.node_name {
-            Some(name) => name,
-            None => fs::read_to_string("/proc/sys/kernel/hostname")
-                .context("read the host name")?
-                .trim()
-                .to_owned(),
+        let node_name = node_name(self.node_name)?;
+        let cgroup_root = cgroup_root(self.cgroup_root);
+        let mode = match self.mode {
+            ModeChoice::Fixed(mode) => mode,
+            ModeChoice::Auto if self.dry_run => drift::mode_in_force(&Pins::new(bpf_root))?,
+            ModeChoice::Auto => probe::auto(&Facts::read(bpf_root, &cgroup_root))?,
         };
-        if node_name.is_empty() {
-            bail!("the node's name is empty: give --node-name");
-        }
-        if self.mode != Mode::Ebpf && self.trace_packets.is_some() {
+        if mode != Mode::Ebpf && self.trace_packets.is_some() {
             bail!("--trace-packets follows packets through BPF programs: run it with --mode ebpf");
         }
         let names = |text: &str| {
@@ -407,15 +500,8 @@ impl RunArgs {
         Ok(Config {
             node_name: Arc::from(node_name),
             bpf_root: bpf_root.to_owned(),
-            source: match self.manifests {
-                Some(dir) => SourceConfig::Manifests(dir),
-                None => SourceConfig::Kubernetes { kubeconfig: self.kubeconfig, context: self.context },
-            },
-            cgroup_root: match self.cgroup_root {
-                Some(root) => Ok(root),
-                None => cgroup2_mount(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
-                    .ok_or_else(|| "no cgroup v2 is mounted; mount one or give --cgroup-root".to_owned()),
-            },
+            source: SourceConfig::new(self.manifests, self.kubeconfig, self.context),
+            cgroup_root,
             devices: DeviceChoice {
                 external: (self.devices != "auto").then(|| names(&self.devices)),
                 pods: match self.pod_devices.as_str() {
@@ -425,8 +511,9 @@ impl RunArgs {
                 },
             },
             modes: Modes { xdp: self.xdp_mode, tc: self.tc_mode },
-            mode: self.mode,
-            compile: self.policy.compile(),
+            mode,
+            dry_run: self.dry_run,
+            compile: self.policy.compile(mode),
             rules: self.policy.rules(),
             replace_kube_proxy: self.replace_kube_proxy,
             ipvs: IpvsConfig { scheduler: self.policy.ipvs_scheduler(), strict_arp: self.ipvs_strict_arp },
@@ -437,6 +524,27 @@ impl RunArgs {
             min_sync_interval_ms: self.min_sync_interval_ms,
         })
     }
+}
+
+/// The node's name in the cluster: the host name if not given.
+pub fn node_name(given: Option<String>) -> Result<String> {
+    let name = match given {
+        Some(name) => name,
+        None => {
+            fs::read_to_string("/proc/sys/kernel/hostname").context("read the host name")?.trim().to_owned()
+        }
+    };
+    if name.is_empty() {
+        bail!("the node's name is empty: give --node-name");
+    }
+    Ok(name)
+}
+
+/// The directory whose sockets are served, or why there is none.
+pub fn cgroup_root(given: Option<PathBuf>) -> Result<PathBuf, String> {
+    given
+        .or_else(|| cgroup2_mount(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()))
+        .ok_or_else(|| "no cgroup v2 is mounted; mount one or give --cgroup-root".to_owned())
 }
 
 /// The mount point of cgroup v2: at `/sys/fs/cgroup`, or beside v1's controllers at `…/unified`.
@@ -465,6 +573,22 @@ mod tests {
             let typed = ["lb-agent", "run", "--node-name", "n", "--trace-packets", "any", "--mode", mode];
             let Command::Run(options) = Args::parse_from(typed).command else { panic!("run was typed") };
             assert_eq!(options.resolve(Path::new("/sys/fs/bpf/lb")).is_ok(), works, "{mode}");
+        }
+    }
+
+    #[test]
+    fn a_dry_run_has_ports_of_its_own() {
+        for (more, ports) in [
+            (&[][..], [10256, 10249]),
+            (&["--dry-run"], [10356, 10349]),
+            (&["--dry-run", "--metrics-bind-address", "127.0.0.1:1"], [10356, 1]),
+        ] {
+            let typed = ["lb-agent", "run", "--node-name", "n", "--mode", "ebpf"];
+            let Command::Run(options) = Args::parse_from(typed.iter().chain(more)).command else {
+                panic!("run was typed")
+            };
+            let config = options.resolve(Path::new("/sys/fs/bpf/lb")).unwrap();
+            assert_eq!([config.healthz.port(), config.metrics.port()], ports, "{more:?}");
         }
     }
 

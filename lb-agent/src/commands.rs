@@ -1,25 +1,27 @@
 //! What each command does.
 
-use std::{io::IsTerminal, time::Duration};
+use std::{io::IsTerminal, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use lb_core::rules;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    args::{Args, CleanupArgs, Command, ListCommand, LogFormat, Output},
+    args::{self, Args, CleanupArgs, Command, DiffArgs, ListCommand, LogFormat, Output},
     datapath::{
         ebpf::{attach, drain, inspect, maps::Pins},
         iptables, ipvs, nftables,
     },
-    print, render, run,
+    drift, print,
+    probe::{self, Facts},
+    render, run,
 };
 
 /// Runs a command.
-pub fn main(args: Args) -> Result<()> {
+pub fn main(args: Args) -> Result<ExitCode> {
     start_log(&args)?;
     let pins = Pins::new(&args.bpf_root);
-    match args.command {
+    let done = match args.command {
         Command::Run(options) => {
             let config = options.resolve(&args.bpf_root)?;
             let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -29,21 +31,14 @@ pub fn main(args: Args) -> Result<()> {
                 .context("start the async runtime")?;
             runtime.block_on(run::run(config))
         }
+        Command::Probe(options) => {
+            let facts = Facts::read(&args.bpf_root, &args::cgroup_root(options.cgroup_root));
+            probe::report(&facts, options.output.output)
+        }
+        Command::Diff(options) => return Ok(diff(*options, &pins)),
         Command::Cleanup(options) => cleanup(&options, &pins),
         Command::Render(options) => render::render(&options),
-        Command::Status(options) => {
-            check_pinned(&pins)?;
-            let status = inspect::status(&pins)?;
-            if options.output == Output::Json {
-                println!("{}", serde_json::to_string_pretty(&status)?);
-                return Ok(());
-            }
-            if status.draining {
-                println!("draining: another mode serves, flows that are known are carried on\n");
-            }
-            print!("{}\n{}", print::table(&status.attached)?, print::table(&status.counters)?);
-            Ok(())
-        }
+        Command::Status(options) => status(&pins, options.output),
         Command::Service { command: ListCommand::List(options) } => {
             check_pinned(&pins)?;
             print::rows(&inspect::services(&pins)?, options.output)
@@ -56,7 +51,34 @@ pub fn main(args: Args) -> Result<()> {
             check_pinned(&pins)?;
             print::rows(&inspect::flows(&pins)?, options.output)
         }
+    };
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+/// 0: no differences, 1: some, 2: they can't be told.
+fn diff(options: DiffArgs, pins: &Pins) -> ExitCode {
+    match drift::command::diff(options, pins) {
+        Ok(false) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("lb-agent: {error:#}");
+            ExitCode::from(2)
+        }
     }
+}
+
+fn status(pins: &Pins, output: Output) -> Result<()> {
+    check_pinned(pins)?;
+    let status = inspect::status(pins)?;
+    if output == Output::Json {
+        println!("{}", serde_json::to_string_pretty(&status)?);
+        return Ok(());
+    }
+    if status.draining {
+        println!("draining: another mode serves, flows that are known are carried on\n");
+    }
+    print!("{}\n{}", print::table(&status.attached)?, print::table(&status.counters)?);
+    Ok(())
 }
 
 fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {

@@ -9,12 +9,12 @@ use std::{
 
 use ipnet::IpNet;
 use k8s_openapi::{
-    api::{core::v1 as core, discovery::v1 as discovery},
+    api::{core::v1 as core, discovery::v1 as discovery, networking::v1 as networking},
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 use lb_core::model::{
-    ContainerPort, Endpoint, EndpointSlice, Family, Node, ObjectName, Pod, Protocol, Service, ServicePort,
-    ServiceType, SlicePort, TargetPort, TrafficPolicy, Warning,
+    ContainerPort, Endpoint, EndpointSlice, Family, Node, ObjectName, Pod, Protocol, Service, ServiceCidr,
+    ServicePort, ServiceType, SlicePort, TargetPort, TrafficPolicy, Warning,
 };
 
 /// A Service with this label is another proxy's.
@@ -241,6 +241,24 @@ pub fn node(object: &core::Node, warnings: &mut Vec<Warning>) -> Node {
         pod_cidrs: pod_cidrs.filter_map(|cidr| network(cidr)).collect(),
         name: Arc::from(name),
     }
+}
+
+/// A ServiceCIDR.
+pub fn service_cidr(object: &networking::ServiceCIDR, warnings: &mut Vec<Warning>) -> ServiceCidr {
+    let name = object.metadata.name.clone().unwrap_or_default();
+    let mut noted = Noted { object: format!("ServiceCIDR {name}"), warnings };
+    let listed = object.spec.iter().flat_map(|spec| spec.cidrs.iter().flatten());
+    let cidrs = listed.enumerate().filter_map(|(index, text)| {
+        let range = network(text).filter(|range| range.prefix_len() > 0);
+        if range.is_none() {
+            noted.warn(
+                format!("spec.cidrs[{index}]"),
+                format!("{text:?} is no range of ClusterIPs; it is not used"),
+            );
+        }
+        range
+    });
+    ServiceCidr { cidrs: cidrs.collect(), name: Arc::from(name) }
 }
 
 /// A Pod of a manifest.

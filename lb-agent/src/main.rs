@@ -7,7 +7,7 @@ use lb_agent::args::Args;
 
 fn main() -> ExitCode {
     match lb_agent::commands::main(Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("lb-agent: {error:#}");
             ExitCode::FAILURE

@@ -29,7 +29,7 @@ pub fn render(options: &RenderArgs) -> Result<()> {
 pub fn text(options: &RenderArgs) -> Result<String> {
     let (events, file_warnings) = Manifests::new(options.manifests.clone()).scan()?;
     let view = NodeView { name: options.node_name.as_str().into(), ..NodeView::default() };
-    let mut compiler = Compiler::new(options.policy.compile(), view);
+    let mut compiler = Compiler::new(options.policy.compile(options.mode), view);
     events.into_iter().for_each(|event| compiler.apply(event));
     let Some(node) = compiler.snapshot().node(&options.node_name) else {
         let known: Vec<&str> = compiler.snapshot().nodes().map(|node| &*node.name).collect();

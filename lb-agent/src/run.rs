@@ -25,7 +25,7 @@ use tracing::{info, warn};
 use crate::{
     args::{Config, Mode, SourceConfig},
     datapath::{
-        CHECK_EVERY, Datapath,
+        Datapath,
         ebpf::{
             apply::EbpfDatapath,
             attach::Attacher,
@@ -37,6 +37,7 @@ use crate::{
         ipvs::IpvsDatapath,
         nftables::NftablesDatapath,
     },
+    drift::dry_run::DryRun,
     netlink::{self, HostNetwork, Netlink},
     retire::Retire,
     serve::{self, Health},
@@ -64,8 +65,8 @@ pub async fn run(config: Config) -> Result<()> {
     let mut netlink = Netlink::connect(config.devices.clone())?;
     let network = netlink.read().await?;
     let mut host = match config.mode {
-        Mode::Ebpf => Some(Host::start(&config, &pins)?),
-        Mode::Nftables | Mode::Iptables | Mode::Ipvs => None,
+        Mode::Ebpf if !config.dry_run => Some(Host::start(&config, &pins)?),
+        Mode::Ebpf | Mode::Nftables | Mode::Iptables | Mode::Ipvs => None,
     };
     let follow = |host: &mut Option<Host>, network: &HostNetwork| {
         host.as_mut().map_or(Ok(()), |host| host.follow(network))
@@ -75,6 +76,7 @@ pub async fn run(config: Config) -> Result<()> {
     let health = Arc::new(Health::default());
     let (inputs, thread_inputs) = std_mpsc::channel();
     let datapath: Box<dyn Datapath> = match config.mode {
+        _ if config.dry_run => Box::new(DryRun::open(&config, &pins, health.clone())?),
         Mode::Ebpf => Box::new(EbpfDatapath::open(&pins)?),
         Mode::Nftables => Box::new(NftablesDatapath::open(&config.rules)?),
         Mode::Iptables => Box::new(IptablesDatapath::open(config.rules.clone())?),
@@ -110,7 +112,7 @@ pub async fn run(config: Config) -> Result<()> {
                 }
                 Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; the last state holds"),
             },
-            () = programmed.notified() => {
+            () = programmed.notified(), if !config.dry_run => {
                 if let Some(host) = &mut host {
                     host.take_new_flows()?;
                 }
@@ -145,8 +147,8 @@ fn start_source(
     match config.source.clone() {
         SourceConfig::Manifests(dir) => Box::pin(Manifests::new(dir).run(reports)),
         SourceConfig::Kubernetes { kubeconfig, context } => {
-            let node = config.node_name.clone();
-            Box::pin(start_source_kubernetes(Kubernetes { kubeconfig, context, node }, reports))
+            let (node, events) = (config.node_name.clone(), !config.dry_run);
+            Box::pin(start_source_kubernetes(Kubernetes { kubeconfig, context, node, events }, reports))
         }
     }
 }
@@ -305,8 +307,8 @@ pub struct Worker {
     /// Told once the maps hold the whole cluster.
     programmed: Arc<Notify>,
     interval: Duration,
-    /// What other modes left.
-    retire: Retire,
+    /// What other modes left; a dry run leaves it alone.
+    retire: Option<Retire>,
     /// Changes since the last success.
     pending: Changes,
     synced: bool,
@@ -337,7 +339,8 @@ impl Worker {
             health,
             programmed,
             interval: Duration::from_millis(config.min_sync_interval_ms),
-            retire: Retire::new(config.mode, Pins::new(&config.bpf_root), config.replace_kube_proxy),
+            retire: (!config.dry_run)
+                .then(|| Retire::new(config.mode, Pins::new(&config.bpf_root), config.replace_kube_proxy)),
             pending: Changes::default(),
             synced: false,
             addressed: false,
@@ -354,7 +357,8 @@ impl Worker {
         let mut first = true;
         let (mut checked, mut retired) = (Instant::now(), None);
         loop {
-            let patience = if self.retire.is_pending() { RETIRE_EVERY } else { CHECK_EVERY };
+            let check_every = self.datapath.check_every();
+            let patience = if self.is_retiring() { RETIRE_EVERY.min(check_every) } else { check_every };
             let input = inputs.recv_timeout(retry.unwrap_or(patience));
             match input {
                 Ok(Input::Shutdown) | Err(std_mpsc::RecvTimeoutError::Disconnected) => return,
@@ -372,7 +376,7 @@ impl Worker {
                 }
                 Err(std_mpsc::RecvTimeoutError::Timeout) => {}
             }
-            if checked.elapsed() >= CHECK_EVERY {
+            if checked.elapsed() >= check_every {
                 checked = Instant::now();
                 if !self.datapath.is_intact(self.compiler.table()) {
                     self.pending = Changes::all(self.compiler.table());
@@ -387,9 +391,7 @@ impl Worker {
                         self.programmed.notify_one();
                     }
                     (retry, wait, first) = (None, RETRY.0, false);
-                    if self.retire.is_pending()
-                        && retired.is_none_or(|at: Instant| at.elapsed() >= RETIRE_EVERY)
-                    {
+                    if self.is_retiring() && retired.is_none_or(|at: Instant| at.elapsed() >= RETIRE_EVERY) {
                         retired = Some(Instant::now());
                         self.retire_others();
                     }
@@ -451,15 +453,21 @@ impl Worker {
             upserts = report.upserts,
             deletes = report.deletes,
             elapsed_us = elapsed.as_micros() as u64,
-            "applied"
+            "{}",
+            self.datapath.done()
         );
         self.health.applied(table, elapsed, report.refused.len());
         Ok(())
     }
 
+    fn is_retiring(&self) -> bool {
+        self.retire.as_ref().is_some_and(Retire::is_pending)
+    }
+
     /// Other modes leave, now that this one serves.
     fn retire_others(&mut self) {
-        match self.retire.step(self.compiler.table()) {
+        let Some(retire) = &mut self.retire else { return };
+        match retire.step(self.compiler.table()) {
             Ok(left) => self.health.draining(left),
             Err(error) => {
                 warn!(error = %format!("{error:#}"), "what another mode left can't be removed; trying again");

@@ -33,6 +33,8 @@ struct Inner {
     backends: usize,
     refused: usize,
     draining: Left,
+    /// Of a dry run: mode, and differences between its table and the kernel.
+    differences: Option<(&'static str, usize)>,
 }
 
 impl Health {
@@ -56,6 +58,11 @@ impl Health {
     /// So many connections of other modes are carried on.
     pub fn draining(&self, left: Left) {
         self.lock().draining = left;
+    }
+
+    /// A dry run found so many differences.
+    pub fn differs(&self, mode: &'static str, count: usize) {
+        self.lock().differences = Some((mode, count));
     }
 
     /// A table could not be programmed.
@@ -150,6 +157,12 @@ async fn metrics_page(State(shared): State<Shared>) -> String {
     );
     for (mode, connections) in &inner.draining {
         let _ = writeln!(text, "lb_draining_connections{{mode=\"{mode}\"}} {connections}");
+    }
+    if let Some((mode, count)) = inner.differences {
+        let name = "lb_dry_run_differences";
+        let _ =
+            writeln!(text, "# HELP {name} Differences between what this node should have and what it has.");
+        let _ = writeln!(text, "# TYPE {name} gauge\n{name}{{mode=\"{mode}\"}} {count}");
     }
     if let Ok(counters) = metrics(&shared.pins) {
         let _ = writeln!(

@@ -97,6 +97,22 @@ fn nftables_of_every_shape() {
     expect_file!["golden/shapes/nftables.txt"].assert_eq(&rules);
 }
 
+/// The BPF programs leave SCTP out by name; rules have it.
+#[test]
+fn sctp() {
+    expect_file!["golden/sctp/table.txt"].assert_eq(&table("sctp"));
+    expect_file!["golden/sctp/iptables.txt"].assert_eq(&iptables("sctp", &[]));
+    expect_file!["golden/sctp/nftables.txt"].assert_eq(&render("nftables", "sctp", &[]));
+}
+
+#[test]
+fn ranges_of_cluster_ips() {
+    expect_file!["golden/service-cidrs/table.txt"].assert_eq(&table("service-cidrs"));
+    let rules = render("nftables", "service-cidrs", &[]);
+    let check: Vec<&str> = rules.lines().filter(|line| line.contains("cluster-ips-check ")).collect();
+    expect_file!["golden/service-cidrs/cluster-ips-check.txt"].assert_eq(&(check.join("\n") + "\n"));
+}
+
 /// The sets, rules and virtual servers follow kube-proxy 1.36 `pkg/proxy/ipvs/proxier.go`, but for addresses of nodes,
 /// which are not bound.
 #[test]

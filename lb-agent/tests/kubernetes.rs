@@ -28,24 +28,33 @@ struct Server {
     /// Lists of this kind wait.
     held: watch::Sender<&'static str>,
     away: watch::Sender<bool>,
+    /// Lists of this kind are forbidden.
+    forbidden: Mutex<&'static str>,
     version: Mutex<u64>,
     events: Mutex<Vec<Value>>,
     asked: Mutex<Vec<(&'static str, HashMap<String, String>)>>,
 }
 
-const KINDS: [(&str, &str, &str); 3] = [
+const KINDS: [(&str, &str, &str); 4] = [
     ("services", "v1", "Service"),
     ("endpointslices", "discovery.k8s.io/v1", "EndpointSlice"),
     ("nodes", "v1", "Node"),
+    ("servicecidrs", "networking.k8s.io/v1", "ServiceCIDR"),
 ];
 
 impl Server {
+    /// A server without ServiceCIDRs, as before Kubernetes 1.33.
     async fn start(held: &'static str) -> (Arc<Self>, PathBuf) {
+        Self::start_with(held, Router::new()).await
+    }
+
+    async fn start_with(held: &'static str, more: Router<Arc<Self>>) -> (Arc<Self>, PathBuf) {
         let server = Arc::new(Self {
             objects: Mutex::default(),
             watches: broadcast::channel(64).0,
             held: watch::channel(held).0,
             away: watch::channel(false).0,
+            forbidden: Mutex::default(),
             version: Mutex::new(100),
             events: Mutex::default(),
             asked: Mutex::default(),
@@ -54,6 +63,7 @@ impl Server {
             .route("/api/v1/{kind}", get(serve))
             .route("/apis/discovery.k8s.io/v1/{kind}", get(serve))
             .route("/apis/events.k8s.io/v1/namespaces/{namespace}/events", post(event))
+            .merge(more)
             .with_state(server.clone());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
@@ -112,6 +122,13 @@ async fn serve(
     let Some((kind, api, name)) = KINDS.into_iter().find(|(known, ..)| *known == kind) else {
         return StatusCode::NOT_FOUND.into_response();
     };
+    if *server.forbidden.lock().unwrap() == kind {
+        let status = json!({
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+            "message": "forbidden", "reason": "Forbidden", "code": 403,
+        });
+        return (StatusCode::FORBIDDEN, Json(status)).into_response();
+    }
     if *server.away.borrow() {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     }
@@ -185,7 +202,8 @@ fn addr_of(events: &[Event]) -> Option<String> {
 
 fn start(kubeconfig: PathBuf) -> mpsc::Receiver<Report> {
     let (sender, reports) = mpsc::channel(64);
-    let source = Kubernetes { kubeconfig: Some(kubeconfig), context: None, node: "node1".into() };
+    let source =
+        Kubernetes { kubeconfig: Some(kubeconfig), context: None, node: "node1".into(), events: true };
     tokio::spawn(source.run(sender));
     reports
 }
@@ -297,4 +315,28 @@ async fn changes_expiry_and_absence_are_survived() {
             break;
         }
     }
+}
+
+#[tokio::test]
+async fn ranges_of_cluster_ips_are_watched_where_there_are_any() {
+    let route = || Router::new().route("/apis/networking.k8s.io/v1/{kind}", get(serve));
+    let range = |cidr: &str| json!({ "metadata": { "name": "kubernetes" }, "spec": { "cidrs": [cidr] } });
+    let (server, kubeconfig) = Server::start_with("", route()).await;
+    server.put("servicecidrs", range("10.96.0.0/16"));
+    let mut reports = start(kubeconfig);
+    let events = changed(&mut reports).await;
+    assert!(
+        matches!(&events[..], [Event::ServiceCidr(range)] if range.cidrs == ["10.96.0.0/16".parse().unwrap()]),
+        "{events:?}"
+    );
+    while next(&mut reports).await != Report::Synced {}
+
+    // A role from before: the rest is served, and the lists are asked for again.
+    let (server, kubeconfig) = Server::start_with("", route()).await;
+    *server.forbidden.lock().unwrap() = "servicecidrs";
+    server.put("servicecidrs", range("10.96.0.0/16"));
+    let mut reports = start(kubeconfig);
+    while next(&mut reports).await != Report::Synced {}
+    *server.forbidden.lock().unwrap() = "";
+    assert!(matches!(&changed(&mut reports).await[..], [Event::ServiceCidr(_)]));
 }

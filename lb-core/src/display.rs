@@ -28,7 +28,7 @@ impl fmt::Display for ServiceTable {
             }
             writeln!(f)?;
         }
-        Ok(())
+        self.service_cidrs.iter().try_for_each(|range| writeln!(f, "service-cidr {range}"))
     }
 }
 

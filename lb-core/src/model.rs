@@ -271,6 +271,15 @@ pub struct ContainerPort {
     pub port: u16,
 }
 
+/// A range that ClusterIPs are allocated from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceCidr {
+    /// `metadata.name`.
+    pub name: Arc<str>,
+    /// `spec.cidrs`, parsed.
+    pub cidrs: Vec<IpNet>,
+}
+
 /// One change of the cluster, as every source reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -286,6 +295,10 @@ pub enum Event {
     Node(Node),
     /// A Node is gone.
     NodeGone(Arc<str>),
+    /// A ServiceCIDR appeared or changed.
+    ServiceCidr(ServiceCidr),
+    /// A ServiceCIDR is gone.
+    ServiceCidrGone(Arc<str>),
     /// A Pod appeared or changed.
     Pod(Pod),
     /// A Pod is gone.

@@ -6,6 +6,8 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
+
 use crate::{
     model::{EndpointSlice, Event, Node, ObjectName, Pod, Service},
     pods,
@@ -19,6 +21,7 @@ pub struct ClusterSnapshot {
     slices: BTreeMap<ObjectName, BTreeMap<ObjectName, EndpointSlice>>,
     slice_owners: HashMap<ObjectName, ObjectName>,
     nodes: BTreeMap<Arc<str>, Node>,
+    service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
     pods: BTreeMap<ObjectName, Pod>,
 }
 
@@ -61,6 +64,9 @@ impl ClusterSnapshot {
                 let before = self.pods.remove(&name);
                 dirty.extend(before.iter().flat_map(|pod| self.selecting(pod)));
             }
+            // They change no Service.
+            Event::ServiceCidr(range) => drop(self.service_cidrs.insert(range.name, range.cidrs)),
+            Event::ServiceCidrGone(name) => drop(self.service_cidrs.remove(&name)),
             Event::Node(node) => {
                 let before = self.nodes.insert(node.name.clone(), node.clone());
                 if before.as_ref() != Some(&node) {
@@ -99,6 +105,11 @@ impl ClusterSnapshot {
     /// Every address of every Node.
     pub fn node_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.nodes.values().flat_map(|node| node.addresses.iter().copied())
+    }
+
+    /// Ranges that ClusterIPs are allocated from.
+    pub fn service_cidrs(&self) -> BTreeSet<IpNet> {
+        self.service_cidrs.values().flatten().copied().collect()
     }
 
     /// The Service's slices: the cluster's own, or else those its Pods amount to.

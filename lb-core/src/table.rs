@@ -192,6 +192,8 @@ pub struct ServiceTable {
     pub frontends: BTreeMap<FrontendAddr, Frontend>,
     /// Addresses of frontends (NodePort ones included).
     pub vips: BTreeMap<IpAddr, VipKind>,
+    /// Ranges that ClusterIPs are allocated from: an address of them that is nobody's leads nowhere.
+    pub service_cidrs: BTreeSet<IpNet>,
 }
 
 /// Which keys of a [`ServiceTable`] may differ from the table of the last call.
@@ -203,12 +205,14 @@ pub struct Changes {
     pub frontends: BTreeSet<FrontendAddr>,
     /// Addresses added, changed or gone.
     pub vips: BTreeSet<IpAddr>,
+    /// The ranges of ClusterIPs changed.
+    pub service_cidrs: bool,
 }
 
 impl Changes {
     /// Nothing changed.
     pub fn is_empty(&self) -> bool {
-        self.services.is_empty() && self.frontends.is_empty() && self.vips.is_empty()
+        self.services.is_empty() && self.frontends.is_empty() && self.vips.is_empty() && !self.service_cidrs
     }
 
     /// Every key of `table`: what a datapath that knows nothing yet has to look at.
@@ -217,6 +221,7 @@ impl Changes {
             services: table.services.keys().cloned().collect(),
             frontends: table.frontends.keys().copied().collect(),
             vips: table.vips.keys().copied().collect(),
+            service_cidrs: true,
         }
     }
 
@@ -225,5 +230,6 @@ impl Changes {
         self.services.extend(other.services);
         self.frontends.extend(other.frontends);
         self.vips.extend(other.vips);
+        self.service_cidrs |= other.service_cidrs;
     }
 }

@@ -75,7 +75,7 @@ fn goldens_load() {
     lab.add_ns("host").unwrap();
     let file = lab.dir().join("rules");
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lb-agent/tests/golden");
-    for case in ["kube-proxy", "shapes"] {
+    for case in ["kube-proxy", "shapes", "sctp"] {
         let nft = golden.join(case).join("nftables.txt");
         // The second time in place of the first.
         for _ in 0..2 {
@@ -204,6 +204,24 @@ fn nftables_come_back_and_go() {
     assert!(tables(&cluster).contains("table ip kube-proxy"));
     cluster.agent(1, &["cleanup", "--kube-proxy"]).unwrap();
     assert_eq!(tables(&cluster).trim(), "table ip stranger");
+}
+
+/// An address of the ranges of ClusterIPs that is no Service's: packets to it don't leave the node.
+#[test]
+fn addresses_of_nobody_lead_nowhere() {
+    let cluster = cluster(&NFTABLES);
+    let error = |target: &str| cluster.tcp("pod12", None, target).unwrap().error;
+    // The router of the LAN has the address, and refuses.
+    cluster.lab.ip("lan", "addr add 10.96.0.77/32 dev br0").unwrap();
+    cluster.lab.ip("lan", &format!("route add 10.244.1.0/24 via {}", node_ip(1))).unwrap();
+    assert_eq!(error("10.96.0.77:80").as_deref(), Some("refused"));
+    let ranges = "kind: ServiceCIDR\nmetadata: {name: kubernetes}\nspec: {cidrs: [10.96.0.0/16, 'fd00:10:96::/112']}\n";
+    cluster.apply("ranges.yaml", ranges).unwrap();
+    until("it is dropped", || error("10.96.0.77:80").as_deref() == Some("timeout"));
+    assert_eq!(error("10.96.0.10:81").as_deref(), Some("refused"), "a ClusterIP's other ports still are");
+    assert_eq!(error("10.96.0.10:80"), None);
+    std::fs::remove_file(cluster.manifests().join("ranges.yaml")).unwrap();
+    until("it is passed on", || error("10.96.0.77:80").as_deref() == Some("refused"));
 }
 
 #[test]

@@ -5,7 +5,7 @@ pub mod iptables;
 pub mod ipvs;
 pub mod nftables;
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use lb_core::table::{Changes, ServiceTable};
 
@@ -20,13 +20,23 @@ pub trait Datapath: Send {
     /// changes since the last success.
     fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<ApplyReport, DatapathError>;
 
-    /// Whether nobody has taken away what was applied; `table` is what was. Called every [`CHECK_EVERY`]; after `false` the driver
-    /// applies everything again.
+    /// What one `apply` has done, for the log.
+    fn done(&self) -> &'static str {
+        "applied"
+    }
+
+    /// How often to ask whether it is intact.
+    fn check_every(&self) -> Duration {
+        CHECK_EVERY
+    }
+
+    /// Whether nobody has taken away what was applied; `table` is what was. Called every [`Datapath::check_every`]; after
+    /// `false` the driver applies everything again.
     fn is_intact(&mut self, table: &ServiceTable) -> bool;
 }
 
 /// How often a datapath is asked whether it is intact.
-pub const CHECK_EVERY: std::time::Duration = std::time::Duration::from_secs(30);
+pub const CHECK_EVERY: Duration = Duration::from_secs(30);
 
 /// What one `apply` did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -143,7 +143,8 @@ fn pieces(table: &ServiceTable, all: Changes) -> Vec<Changes> {
     if ids.is_empty() { vec![Changes::default()] } else { ids.chunks(PIECE).map(piece).collect() }
 }
 
-fn name(family: Family) -> &'static str {
+/// The family in nft's words.
+pub fn name(family: Family) -> &'static str {
     match family {
         Family::V4 => "ip",
         Family::V6 => "ip6",
@@ -151,7 +152,7 @@ fn name(family: Family) -> &'static str {
 }
 
 /// The kernel's handle of our table, if it is there. Lists tables only, whatever they hold.
-fn handle(family: Family) -> Result<Option<u64>, DatapathError> {
+pub fn handle(family: Family) -> Result<Option<u64>, DatapathError> {
     let text = nft(&["-j", "list", "tables", name(family)], "")?;
     let listed: serde_json::Value = serde_json::from_str(&text).map_err(|source| failed(source.into()))?;
     let tables = listed["nftables"].as_array().into_iter().flatten().map(|item| &item["table"]);
@@ -162,7 +163,8 @@ fn load(text: &str) -> Result<(), DatapathError> {
     nft(&["-f", "-"], text).map(drop)
 }
 
-fn nft(args: &[&str], input: &str) -> Result<String, DatapathError> {
+/// Runs nft and returns what it prints.
+pub fn nft(args: &[&str], input: &str) -> Result<String, DatapathError> {
     let child = Command::new("nft")
         .args(args)
         .stdin(Stdio::piped())

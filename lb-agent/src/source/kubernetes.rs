@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, fmt::Debug, path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result};
 use futures::StreamExt;
-use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
+use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery, networking::v1 as networking};
 use kube::{
     Api, Client, Config, Resource, ResourceExt,
     config::{KubeConfigOptions, Kubeconfig},
@@ -34,6 +34,8 @@ pub struct Kubernetes {
     pub context: Option<String>,
     /// This node's name, for Events.
     pub node: Arc<str>,
+    /// What is wrong with an object is put on it as an Event, too.
+    pub events: bool,
 }
 
 impl Kubernetes {
@@ -56,6 +58,8 @@ impl Kubernetes {
 /// A kind we watch.
 trait Watched: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static {
     const KIND: &'static str;
+    /// An API server without this kind will do.
+    const OPTIONAL: bool = false;
     /// What the API server filters for us.
     fn config() -> watcher::Config;
     /// `None`: none of ours, as if it didn't exist.
@@ -104,27 +108,34 @@ impl Watched for core::Node {
     }
 }
 
+impl Watched for networking::ServiceCIDR {
+    const KIND: &'static str = "ServiceCIDR";
+    /// Kubernetes 1.33 has it.
+    const OPTIONAL: bool = true;
+    fn config() -> watcher::Config {
+        watcher::Config::default()
+    }
+    fn event(&self, warnings: &mut Vec<Warning>) -> Option<Event> {
+        Some(Event::ServiceCidr(convert::service_cidr(self, warnings)))
+    }
+    fn gone(name: ObjectName) -> Event {
+        Event::ServiceCidrGone(name.name)
+    }
+}
+
 impl Source for Kubernetes {
     async fn run(self, reports: Reports) -> Result<()> {
         let client = self.client().await?;
         let reporter = Reporter { controller: "lb-agent".into(), instance: Some(self.node.to_string()) };
-        let recorder = Recorder::new(client.clone(), reporter);
-        let (synced, mut all_synced) = mpsc::channel(3);
+        let recorder = self.events.then(|| Recorder::new(client.clone(), reporter));
+        let (synced, mut all_synced) = mpsc::channel(4);
         let mut watches = tokio::task::JoinSet::new();
-        watches.spawn(watch::<core::Service>(
-            client.clone(),
-            recorder.clone(),
-            reports.clone(),
-            synced.clone(),
-        ));
-        watches.spawn(watch::<discovery::EndpointSlice>(
-            client.clone(),
-            recorder.clone(),
-            reports.clone(),
-            synced.clone(),
-        ));
-        watches.spawn(watch::<core::Node>(client, recorder, reports.clone(), synced));
-        for _ in 0..3 {
+        let to = Told { client, recorder, reports: reports.clone(), synced };
+        watches.spawn(watch::<core::Service>(to.clone()));
+        watches.spawn(watch::<discovery::EndpointSlice>(to.clone()));
+        watches.spawn(watch::<networking::ServiceCIDR>(to.clone()));
+        watches.spawn(watch::<core::Node>(to));
+        for _ in 0..4 {
             if all_synced.recv().await.is_none() {
                 break;
             }
@@ -137,13 +148,19 @@ impl Source for Kubernetes {
     }
 }
 
-/// Watches one kind for good.
-async fn watch<K: Watched>(
+/// What a watch needs, and whom it tells.
+#[derive(Clone)]
+struct Told {
     client: Client,
-    recorder: Recorder,
+    recorder: Option<Recorder>,
     reports: Reports,
+    /// Everything that exists has been reported.
     synced: mpsc::Sender<()>,
-) -> Result<()> {
+}
+
+/// Watches one kind for good; an optional one ends if there is none.
+async fn watch<K: Watched>(to: Told) -> Result<()> {
+    let Told { client, recorder, reports, synced } = to;
     let api: Api<DeserializeGuard<K>> = Api::all(client);
     let mut stream = watcher(api, K::config()).default_backoff().boxed();
     let mut known: BTreeSet<ObjectName> = BTreeSet::new();
@@ -154,8 +171,21 @@ async fn watch<K: Watched>(
         let mut events = Vec::new();
         let event = match event {
             Ok(event) => event,
+            Err(error) if K::OPTIONAL && refusal(&error) == Some(NOT_FOUND) => {
+                debug!(kind = K::KIND, "this API server has no such kind");
+                if let Some(synced) = first.take() {
+                    synced.send(()).await?;
+                }
+                return Ok(());
+            }
             Err(error) => {
-                if !away {
+                if K::OPTIONAL
+                    && refusal(&error) == Some(FORBIDDEN)
+                    && let Some(synced) = first.take()
+                {
+                    warn!(kind = K::KIND, "the ClusterRole lacks list and watch of them; it works without");
+                    synced.send(()).await?;
+                } else if !away {
                     warn!(kind = K::KIND, %error, "the API server is away; the kernel keeps its state");
                 }
                 away = true;
@@ -201,6 +231,19 @@ async fn watch<K: Watched>(
     Ok(())
 }
 
+/// HTTP.
+const FORBIDDEN: u16 = 403;
+const NOT_FOUND: u16 = 404;
+
+/// The code with which an API server refused to list or watch.
+fn refusal(error: &watcher::Error) -> Option<u16> {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => Some(status.code),
+        _ => None,
+    }
+}
+
 fn origin<K: Watched>(name: &ObjectName) -> String {
     format!("{} {name}", K::KIND)
 }
@@ -219,7 +262,7 @@ async fn take<K: Watched>(
     name: ObjectName,
     known: &mut BTreeSet<ObjectName>,
     events: &mut Vec<Event>,
-    recorder: &Recorder,
+    recorder: &Option<Recorder>,
     reports: &Reports,
 ) -> Result<()> {
     let mut warnings = Vec::new();
@@ -260,7 +303,8 @@ async fn take<K: Watched>(
 }
 
 /// Puts the warnings on the object as an Event; the recorder folds repeats.
-async fn tell(recorder: &Recorder, object: &core::ObjectReference, warnings: &[Warning]) {
+async fn tell(recorder: &Option<Recorder>, object: &core::ObjectReference, warnings: &[Warning]) {
+    let Some(recorder) = recorder else { return };
     let note = warnings.iter().map(|warning| format!("{}: {}", warning.field, warning.problem));
     let event = KubeEvent {
         type_: EventType::Warning,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
+use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery, networking::v1 as networking};
 use lb_core::model::{Event, Warning};
 use notify::Watcher;
 use serde::Deserialize;
@@ -188,6 +188,11 @@ fn event(
             let node = convert::node(&object, warnings);
             Some((("Node", String::new(), node.name.to_string()), Event::Node(node)))
         }
+        "ServiceCIDR" => {
+            let object: networking::ServiceCIDR = typed(value).map_err(failed)?;
+            let range = convert::service_cidr(&object, warnings);
+            Some((("ServiceCIDR", String::new(), range.name.to_string()), Event::ServiceCidr(range)))
+        }
         "Pod" => {
             let object: core::Pod = typed(value).map_err(failed)?;
             let pod = convert::pod(&object, warnings);
@@ -217,6 +222,7 @@ fn difference(before: &BTreeMap<Key, Event>, after: &BTreeMap<Key, Event>) -> Ve
             Event::Service(service) => Event::ServiceGone(service.name),
             Event::EndpointSlice(slice) => Event::EndpointSliceGone(slice.name),
             Event::Node(node) => Event::NodeGone(node.name),
+            Event::ServiceCidr(range) => Event::ServiceCidrGone(range.name),
             Event::Pod(pod) => Event::PodGone(pod.name),
             other => other,
         });

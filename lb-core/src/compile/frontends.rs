@@ -37,7 +37,7 @@ pub(super) fn resolve(
     let vips = vips(service, &mut resolved.warnings);
     let node_ports = config.node_port_addresses(node);
     for (index, port) in service.ports.iter().enumerate() {
-        if port.protocol == Protocol::Sctp {
+        if port.protocol == Protocol::Sctp && !config.sctp {
             resolved.warnings.push(warning(
                 service,
                 format!("spec.ports[{index}].protocol"),

@@ -40,11 +40,18 @@ pub struct CompileConfig {
     pub localhost_node_ports: bool,
     /// Masquerade all traffic to services.
     pub masquerade_all: bool,
+    /// The datapath can carry SCTP; else its service ports are left out, with a warning.
+    pub sctp: bool,
 }
 
 impl Default for CompileConfig {
     fn default() -> Self {
-        Self { node_port_addresses: Vec::new(), localhost_node_ports: true, masquerade_all: false }
+        Self {
+            node_port_addresses: Vec::new(),
+            localhost_node_ports: true,
+            masquerade_all: false,
+            sctp: false,
+        }
     }
 }
 
@@ -149,6 +156,11 @@ impl Compiler {
             };
         for name in names {
             self.update(&name, &mut changes);
+        }
+        let service_cidrs = self.snapshot.service_cidrs();
+        if self.table.service_cidrs != service_cidrs {
+            self.table.service_cidrs = service_cidrs;
+            changes.service_cidrs = true;
         }
         changes
     }

@@ -5,8 +5,8 @@ use expect_test::{Expect, expect};
 use super::*;
 use crate::{
     model::{
-        ContainerPort, Endpoint, EndpointSlice, Family, Node, Pod, Protocol, Service, ServicePort, SlicePort,
-        TargetPort, TrafficPolicy,
+        ContainerPort, Endpoint, EndpointSlice, Family, Node, Pod, Protocol, Service, ServiceCidr,
+        ServicePort, SlicePort, TargetPort, TrafficPolicy,
     },
     snapshot::ClusterSnapshot,
     synthetic,
@@ -267,6 +267,37 @@ fn sctp_is_left_out_by_name() {
         warning Service default/web: spec.ports[0].protocol: SCTP is not served; the Service's other ports are
     "#]],
     );
+}
+
+#[test]
+fn sctp_is_served_where_a_datapath_can() {
+    let mut web = service("web", "10.96.0.1");
+    web.ports[0].protocol = Protocol::Sctp;
+    let mut cluster = ClusterSnapshot::default();
+    cluster.apply(Event::Service(web));
+    let config = CompileConfig { sctp: true, ..CompileConfig::default() };
+    let compiled = compile(&cluster, &NodeView::default(), &config);
+    assert_eq!(compiled.warnings, []);
+    let frontends: Vec<String> = compiled.table.frontends.keys().map(ToString::to_string).collect();
+    assert_eq!(frontends, ["10.96.0.1:80/SCTP"]);
+}
+
+#[test]
+fn ranges_of_cluster_ips_come_and_go() {
+    let mut compiler = Compiler::new(CompileConfig::default(), NodeView::default());
+    let range = |name: &str, cidr: &str| {
+        Event::ServiceCidr(ServiceCidr { name: name.into(), cidrs: vec![cidr.parse().unwrap()] })
+    };
+    compiler.compile();
+    compiler.apply(range("a", "10.96.0.0/16"));
+    compiler.apply(range("b", "10.96.0.0/16"));
+    assert!(compiler.compile().service_cidrs);
+    assert_eq!(compiler.table().to_string(), "service-cidr 10.96.0.0/16\n");
+    compiler.apply(Event::ServiceCidrGone("a".into()));
+    assert!(compiler.compile().is_empty(), "the other object has the same range");
+    compiler.apply(Event::ServiceCidrGone("b".into()));
+    assert!(compiler.compile().service_cidrs);
+    assert_eq!(compiler.table().to_string(), "");
 }
 
 fn hinted(hints: &[(&str, &str)]) -> EndpointSlice {

@@ -9,6 +9,11 @@ use crate::{
 };
 
 impl Oracle<'_> {
+    /// The BPF programs know TCP and UDP only.
+    pub(super) fn carries(&self, protocol: Protocol) -> bool {
+        protocol != Protocol::Sctp || self.dialect != Dialect::Ebpf
+    }
+
     /// eBPF knows where a packet comes from. netfilter knows addresses: pods are those in the cluster's range, of
     /// whichever node, and a gateway address in there is a pod's too.
     pub(super) fn client(&self, flow: &Flow) -> Client {
@@ -40,7 +45,7 @@ impl Oracle<'_> {
     /// nftables refuses it at ClusterIPs; iptables knows nothing of it.
     pub(super) fn refuses_unknown_port(&self, flow: &Flow) -> bool {
         let is = |addrs: fn(&Service) -> Vec<IpAddr>| {
-            let serves = |service: &Service| service.ports.iter().any(|port| port.protocol != Protocol::Sctp);
+            let serves = |service: &Service| service.ports.iter().any(|port| self.carries(port.protocol));
             let mut all =
                 self.cluster.services().filter(|service| served(service, flow.dst) && serves(service));
             all.any(|service| addrs(service).contains(&flow.dst)) && is_dialable(flow.dst)
@@ -51,8 +56,9 @@ impl Oracle<'_> {
             })
         };
         match self.dialect {
-            Dialect::Ebpf => any_vip() && !self.is_a_nodes(flow.dst) && flow.protocol != Protocol::Sctp,
-            Dialect::Ipvs => any_vip() && !self.is_a_nodes(flow.dst),
+            Dialect::Ebpf | Dialect::Ipvs => {
+                any_vip() && !self.is_a_nodes(flow.dst) && self.carries(flow.protocol)
+            }
             Dialect::Nftables => is(|service| service.cluster_ips.clone()) && !self.is_own(flow.dst),
             Dialect::Iptables => false,
         }

@@ -15,7 +15,7 @@ use self::endpoints::Endpoints;
 use crate::{
     compile::NodeView,
     flow::{Answer, Dialect, Flow, Origin, Source},
-    model::{Family, Protocol, Service, ServicePort, TrafficPolicy},
+    model::{Family, Service, ServicePort, TrafficPolicy},
     snapshot::ClusterSnapshot,
 };
 
@@ -110,7 +110,7 @@ impl Oracle<'_> {
                     ports().find(|port| port.node_port == flow.port && self.answers_node_ports(flow.dst))?;
                 Some(Dialled { service, port, via: Via::NodePort })
             };
-            if flow.protocol == Protocol::Sctp || !served(service, flow.dst) {
+            if !self.carries(flow.protocol) || !served(service, flow.dst) {
                 return None;
             }
             by(&service.cluster_ips, Via::ClusterIp)
@@ -198,9 +198,13 @@ impl Oracle<'_> {
         }
     }
 
+    /// Of the flow's family; a range of everything is as good as none (semantics of `loadBalancerSourceRanges` in
+    /// kube-proxy `serviceport.go`).
     fn ranges<'a>(&self, service: &'a Service, flow: &Flow) -> Vec<&'a IpNet> {
         let family = Family::of(flow.dst);
-        service.source_ranges.iter().filter(|range| Family::of(range.addr()) == family).collect()
+        let ranges: Vec<&IpNet> =
+            service.source_ranges.iter().filter(|range| Family::of(range.addr()) == family).collect();
+        if ranges.iter().any(|range| range.prefix_len() == 0) { Vec::new() } else { ranges }
     }
 
     /// Without ranges of pods nobody is known not to be one.

@@ -61,6 +61,8 @@ pub struct Rules {
     /// How many service ports have an element.
     uses: BTreeMap<ElementKey, usize>,
     started: bool,
+    /// Ranges of ClusterIPs as written.
+    service_cidrs: Vec<IpNet>,
     /// Emptied chains and sets that are to go with a later transaction: kernels before 6.2 don't see within one that
     /// the last element that led to them is gone (kube-proxy `staleChains`).
     stale: BTreeSet<(&'static str, String)>,
@@ -95,6 +97,7 @@ impl Rules {
             owners: Owners::default(),
             uses: BTreeMap::new(),
             started: false,
+            service_cidrs: Vec::new(),
             stale: BTreeSet::new(),
         }
     }
@@ -108,11 +111,19 @@ impl Rules {
     /// the last call's. The first call replaces whatever the table holds.
     pub fn update(&mut self, table: &ServiceTable, changes: &Changes) -> Transaction {
         let mut transaction = Transaction { family: Some(self.family), phases: BTreeMap::new() };
+        let of_family = |range: &&IpNet| Family::of(range.addr()) == self.family;
+        let service_cidrs: Vec<IpNet> = table.service_cidrs.iter().filter(of_family).copied().collect();
         if !self.started {
             self.started = true;
-            let base = base(self.family, &self.config);
+            let base = base(self.family, &self.config, &service_cidrs);
             base.into_iter().for_each(|line| transaction.push(Phase::Base, line));
+        } else if self.service_cidrs != service_cidrs {
+            transaction.push(Phase::Flush, format!("flush chain {CLUSTER_IPS_CHECK}"));
+            for rule in cluster_ips_check(self.family, &service_cidrs) {
+                transaction.push(Phase::Rules, format!("add rule {CLUSTER_IPS_CHECK} {rule}"));
+            }
         }
+        self.service_cidrs = service_cidrs;
         for (kind, name) in std::mem::take(&mut self.stale) {
             transaction.push(Phase::Stale, format!("delete {kind} {name}"));
         }
@@ -236,8 +247,27 @@ fn address_type(family: Family) -> &'static str {
     }
 }
 
+/// Packets that are still addressed to a ClusterIP when they are to leave.
+const CLUSTER_IPS_CHECK: &str = "cluster-ips-check";
+
+/// Its rules: another port of a ClusterIP, and addresses that are nobody's.
+fn cluster_ips_check(family: Family, service_cidrs: &[IpNet]) -> Vec<String> {
+    let ip = ip(family);
+    let mut rules = vec![format!(
+        "{ip} daddr @cluster-ips reject comment \"Reject traffic to invalid ports of ClusterIPs\""
+    )];
+    if !service_cidrs.is_empty() {
+        let ranges: Vec<String> = apart(service_cidrs.to_vec()).iter().map(ToString::to_string).collect();
+        rules.push(format!(
+            "{ip} daddr {{ {} }} drop comment \"Drop traffic to unallocated ClusterIPs\"",
+            ranges.join(", ")
+        ));
+    }
+    rules
+}
+
 /// The table with everything that doesn't depend on services.
-fn base(family: Family, config: &Config) -> Vec<String> {
+fn base(family: Family, config: &Config, service_cidrs: &[IpNet]) -> Vec<String> {
     let (ip, of, mark) = (ip(family), address_type(family), config.masquerade_mark);
     let mut lines = Vec::new();
     let mut set = |kind: &str, name: &str, of: &str, comment: &str| {
@@ -275,7 +305,7 @@ fn base(family: Family, config: &Config) -> Vec<String> {
         lines.push(format!("add chain {chain} {{ {hook} ; }}"));
     }
     lines.push(format!("add chain {OWNER}"));
-    let rules = [
+    let mut rules = vec![
         ("mark-for-masquerade", format!("mark set mark or {mark:#x}")),
         ("masquerading", format!("mark and {mark:#x} == 0 return")),
         ("masquerading", format!("mark set mark xor {mark:#x}")),
@@ -292,12 +322,10 @@ fn base(family: Family, config: &Config) -> Vec<String> {
             "nodeport-endpoints-check",
             format!("{ip} daddr @nodeport-ips meta l4proto . th dport vmap @no-endpoint-nodeports"),
         ),
-        (
-            "cluster-ips-check",
-            format!(
-                "{ip} daddr @cluster-ips reject comment \"Reject traffic to invalid ports of ClusterIPs\""
-            ),
-        ),
+    ];
+    let checks = cluster_ips_check(family, service_cidrs);
+    rules.extend(checks.into_iter().map(|rule| (CLUSTER_IPS_CHECK, rule)));
+    rules.extend([
         ("filter-prerouting-pre-dnat", "ct state new jump firewall-check".into()),
         ("filter-output-pre-dnat", "ct state new jump firewall-check".into()),
         ("filter-input", "ct state new jump nodeport-endpoints-check".into()),
@@ -309,7 +337,7 @@ fn base(family: Family, config: &Config) -> Vec<String> {
         ("nat-prerouting", "jump services".into()),
         ("nat-output", "jump services".into()),
         ("nat-postrouting", "jump masquerading".into()),
-    ];
+    ]);
     let named: BTreeSet<&str> = rules.iter().map(|(chain, _)| *chain).collect();
     let hooked = lines.clone();
     for chain in named {

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     compile::{CompileConfig, Compiler, NodeView},
-    model::{Event, Family, ObjectName, Protocol},
+    model::{Event, Family, ObjectName, Protocol, ServiceCidr},
     synthetic,
     table::{Changes, ServicePortId, ServiceTable},
 };
@@ -93,6 +93,11 @@ pub(super) fn random_changes(mut check: impl FnMut(u32, &ServiceTable, &Changes)
     };
     let mut known = Changes::default();
     for step in 0..120u32 {
+        match step % 14 {
+            0 => compiler.apply(service_cidr(step % 4)),
+            7 => compiler.apply(Event::ServiceCidrGone((step % 2).to_string().into())),
+            _ => {}
+        }
         let i = random(12);
         let mut service = synthetic::service(i);
         match random(6) {
@@ -118,6 +123,12 @@ pub(super) fn random_changes(mut check: impl FnMut(u32, &ServiceTable, &Changes)
             check(step, compiler.table(), &std::mem::take(&mut known));
         }
     }
+}
+
+/// Two names, two ranges of which one contains the other.
+fn service_cidr(i: u32) -> Event {
+    let cidrs = vec![format!("10.96.0.0/{}", 12 + i).parse().unwrap(), "fd00:10:96::/112".parse().unwrap()];
+    Event::ServiceCidr(ServiceCidr { name: (i % 2).to_string().into(), cidrs })
 }
 
 /// Two that overlap.

@@ -54,7 +54,7 @@ fn compare<D>(dialect: Dialect, make: impl Fn(&Scene, ServiceTable) -> D, ask: i
     for seed in 1..=CLUSTERS {
         let mut random = Random::new(seed);
         let scene = Scene::random(&mut random);
-        let table = compile(&scene.cluster, &scene.node, &scene.compile_config()).table;
+        let table = compile(&scene.cluster, &scene.node, &scene.compile_config(dialect)).table;
         let datapath = make(&scene, table.clone());
         let oracle = Oracle { cluster: &scene.cluster, node: &scene.node, policy: &scene.policy, dialect };
         for _ in 0..FLOWS {

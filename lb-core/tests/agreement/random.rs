@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 use lb_core::{
     compile::{CompileConfig, NodeView},
-    flow::{Flow, Origin},
+    flow::{Dialect, Flow, Origin},
     model::{
         Endpoint, EndpointSlice, Event, Family, Node, ObjectName, Protocol, Service, ServicePort,
         ServiceType, SlicePort, TargetPort, TrafficPolicy,
@@ -111,12 +111,13 @@ impl Scene {
         Self { cluster, node, policy: policy(random) }
     }
 
-    /// What the compiler takes of the policy.
-    pub fn compile_config(&self) -> CompileConfig {
+    /// What the compiler takes of the policy, and of the datapath it works for.
+    pub fn compile_config(&self, dialect: Dialect) -> CompileConfig {
         CompileConfig {
             node_port_addresses: self.policy.node_port_addresses.clone(),
             localhost_node_ports: self.policy.localhost_node_ports,
             masquerade_all: self.policy.masquerade_all,
+            sctp: dialect != Dialect::Ebpf,
         }
     }
 

@@ -173,12 +173,9 @@ fn of_external_policy_local(family: &Family) -> Vec<FlowCase> {
         packet("eTP Local without endpoint here", "client", family.node_port(2, 14), Drop)
             .but(&[Ipvs], &Astray(vec!["pod11"])),
         packet("eTP Local, the other node's port", "node2", family.node_port(1, 14), served()),
-        socket("eTP Local, from the node", "node1", ext, served())
-            .but(&[Iptables, Nftables], &one("pod11", Node(1))),
-        // In IPVS its source is the VIP, which node 1 has too.
+        socket("eTP Local, from the node", "node1", ext, served()).but(NETFILTER, &one("pod11", Node(1))),
         socket("eTP Local, from a node without endpoint", "node2", ext, served())
-            .but(&[Iptables, Nftables], &one("pod11", Node(2)))
-            .but(&[Ipvs], &Astray(vec!["pod11"])),
+            .but(NETFILTER, &one("pod11", Node(2))),
     ];
     cases.extend(both("eTP Local, from a pod", "pod12", ext, &served()));
     cases.extend(both("eTP Local, from a pod without endpoint on its node", "pod22", ext, &served()));
@@ -202,25 +199,17 @@ fn of_endpoints(family: &Family) -> Vec<FlowCase> {
     cases
 }
 
-/// Node 1's own address is an external IP of `web`. IPVS leaves it alone: there it would have to be bound.
+/// Node 1's own address is an external IP of `web`. In IPVS it is not bound, only its service port is made local.
 fn of_a_nodes_own_address() -> Vec<FlowCase> {
     let own = V4.node(1, 80);
     vec![
         packet("node's own address as external IP", "client", own, shown_on_node1())
-            .but(NETFILTER, &any(Node(1)))
-            .but(&[Ipvs], &Pass(None)),
-        socket("the same, from that node", "node1", own, any(Client))
-            .but(NETFILTER, &any(Node(1)))
-            .but(&[Ipvs], &Pass(None)),
-        socket("the same, from the other node", "node2", own, any(Client))
-            .but(NETFILTER, &any(Node(2)))
-            .but(&[Ipvs], &Pass(None)),
-        packet("the same, from a pod", "pod12", own, any(Client))
-            .but(NETFILTER, &any(Node(1)))
-            .but(&[Ipvs], &Pass(None)),
+            .but(NETFILTER, &any(Node(1))),
+        socket("the same, from that node", "node1", own, any(Client)).but(NETFILTER, &any(Node(1))),
+        socket("the same, from the other node", "node2", own, any(Client)).but(NETFILTER, &any(Node(2))),
+        packet("the same, from a pod", "pod12", own, any(Client)).but(NETFILTER, &any(Node(1))),
         packet("the same, from a pod of the other node", "pod22", own, any(Client))
-            .but(NETFILTER, &any(Node(2)))
-            .but(&[Ipvs], &Pass(None)),
+            .but(NETFILTER, &any(Node(2))),
     ]
 }
 
@@ -265,8 +254,7 @@ fn of_load_balancers() -> Vec<FlowCase> {
         socket("node allowed", "node1", vip(22), any(Client)).but(NETFILTER, &any(Node(1))),
         packet("LB IP with eTP Local", "client", vip(21), one("pod11", Client)),
         socket("LB IP with eTP Local, from a node without endpoint", "node2", vip(21), one("pod11", Client))
-            .but(&[Iptables, Nftables], &one("pod11", Node(2)))
-            .but(&[Ipvs], &Astray(vec!["pod11"])),
+            .but(NETFILTER, &one("pod11", Node(2))),
     ];
     // A pod's socket call is let through and its packet is dropped.
     cases.extend(both("pod not allowed", "pod12", vip(16), &Drop));

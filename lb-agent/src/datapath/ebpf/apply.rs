@@ -17,7 +17,7 @@ use tracing::debug;
 
 use super::{
     foreign::Foreign,
-    maps::{FamilyMaps, Maps, Pins, Wire, WireAddr, map_error, set_filter_bit},
+    maps::{FamilyMaps, Maps, Pins, Wire, WireAddr, filter_bit, map_error, set_filter_bit},
     plan::{Actual, Capacity, Op, PlannedBackend, Planner},
 };
 use crate::datapath::{ApplyReport, Datapath, DatapathError};
@@ -39,7 +39,8 @@ impl EbpfDatapath {
         Ok(Self { maps, planner: None, foreign, imported: false })
     }
 
-    fn capacity(&self) -> Capacity {
+    /// Sizes of the pinned maps.
+    pub fn capacity(&self) -> Capacity {
         Capacity {
             slots: self.maps.slots_len(),
             backends4: self.maps.backends_len(Family::V4),
@@ -49,7 +50,7 @@ impl EbpfDatapath {
     }
 
     /// Reads what the kernel holds.
-    fn actual(&self) -> Result<Actual, DatapathError> {
+    pub fn actual(&self) -> Result<Actual, DatapathError> {
         let mut actual = Actual::default();
         read_family(&self.maps.v4, Family::V4, "LB4", &mut actual)?;
         read_family(&self.maps.v6, Family::V6, "LB6", &mut actual)?;
@@ -60,6 +61,13 @@ impl EbpfDatapath {
             actual.slots.insert(slot, id);
         }
         Ok(actual)
+    }
+
+    /// The VIP filter lets the programs look at packets to this address.
+    pub fn is_looked_at(&self, addr: IpAddr) -> Result<bool, DatapathError> {
+        let bit = filter_bit(addr);
+        let word = self.maps.filter.get(&(bit >> 6), 0);
+        Ok(word.map_err(|source| map_error("read", "VIP_FILTER", source))? >> (bit & 63) & 1 == 1)
     }
 
     fn execute(&mut self, op: &Op) -> Result<(), DatapathError> {

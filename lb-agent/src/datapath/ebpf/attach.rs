@@ -77,7 +77,8 @@ pub struct Attached {
     pub reason: String,
 }
 
-const SOCK_HOOKS: [(&str, &str, u32); 8] = [
+/// Socket hooks: name, program, kind.
+pub const SOCK_HOOKS: [(&str, &str, u32); 8] = [
     ("connect4", "lb_connect4", attach_type::CGROUP_INET4_CONNECT),
     ("connect6", "lb_connect6", attach_type::CGROUP_INET6_CONNECT),
     ("sendmsg4", "lb_sendmsg4", attach_type::CGROUP_UDP4_SENDMSG),
@@ -362,6 +363,19 @@ fn cgroup_of(link: &std::os::fd::OwnedFd) -> io::Result<u64> {
 
 fn pinned_links(pins: &Pins) -> Vec<PathBuf> {
     read(&pins.links())
+}
+
+/// Names of the pinned links, and whether they still hang on something.
+pub fn links(pins: &Pins) -> Vec<(String, bool)> {
+    let is_attached = |pin: &Path| {
+        let info = sys::get(pin).and_then(|link| sys::link_info(link.as_fd()));
+        info.is_ok_and(|info| match info.link_type {
+            sys::LINK_CGROUP => info.cgroup_id != 0,
+            _ => info.ifindex != 0,
+        })
+    };
+    let name = |pin: &Path| pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    pinned_links(pins).iter().map(|pin| (name(pin), is_attached(pin))).collect()
 }
 
 /// Takes a pinned link off and forgets it.

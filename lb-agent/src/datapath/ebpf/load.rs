@@ -32,9 +32,20 @@ impl Programs {
     pub fn load(pins: &Pins, objects: &Objects, sizes: Sizes) -> Result<Self, DatapathError> {
         pins.create()?;
         Ok(Self {
-            xdp: load(pins, "xdp", objects.xdp, sizes)?,
-            tc: load(pins, "tc", objects.tc, sizes)?,
-            sock: load(pins, "sock", objects.sock, sizes)?,
+            xdp: load(Some(pins), "xdp", objects.xdp, sizes)?,
+            tc: load(Some(pins), "tc", objects.tc, sizes)?,
+            sock: load(Some(pins), "sock", objects.sock, sizes)?,
+        })
+    }
+
+    /// Loads all programs with small maps of their own: does this kernel take them? Nothing is pinned.
+    pub fn trial(objects: &Objects) -> Result<Self, DatapathError> {
+        objects.check()?;
+        let sizes = Sizes { flows: TRIAL };
+        Ok(Self {
+            xdp: load(None, "xdp", objects.xdp, sizes)?,
+            tc: load(None, "tc", objects.tc, sizes)?,
+            sock: load(None, "sock", objects.sock, sizes)?,
         })
     }
 
@@ -67,7 +78,27 @@ impl Programs {
     }
 }
 
-fn load(pins: &Pins, name: &str, object: &[u8], sizes: Sizes) -> Result<Ebpf, DatapathError> {
+/// Maps of which a trial needs no more than a few entries.
+const BIG: [&str; 12] = [
+    "LB4_FRONTENDS",
+    "LB6_FRONTENDS",
+    "LB4_VIPS",
+    "LB6_VIPS",
+    "SLOTS",
+    "LB4_BACKENDS",
+    "LB6_BACKENDS",
+    "LB4_FLOWS",
+    "LB6_FLOWS",
+    "AFFINITY",
+    "SOCK_FLOWS",
+    "DEVICES",
+];
+
+/// Entries in the big maps of a trial.
+const TRIAL: u32 = 64;
+
+/// Loads one object; without pins its maps are its own, and small.
+fn load(pins: Option<&Pins>, name: &str, object: &[u8], sizes: Sizes) -> Result<Ebpf, DatapathError> {
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| DatapathError::Kernel {
         operation: "load the BPF object",
         object: format!("{name}.o (needs CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and kernel 5.18 or later)"),
@@ -75,7 +106,11 @@ fn load(pins: &Pins, name: &str, object: &[u8], sizes: Sizes) -> Result<Ebpf, Da
     };
     let mut loader = EbpfLoader::new();
     for map in PINNED {
-        loader.map_pin_path(map, pins.map(map));
+        match pins {
+            Some(pins) => drop(loader.map_pin_path(map, pins.map(map))),
+            None if BIG.contains(&map) => drop(loader.map_max_entries(map, TRIAL)),
+            None => {}
+        }
     }
     loader.map_max_entries("LB4_FLOWS", sizes.flows);
     loader.map_max_entries("LB6_FLOWS", sizes.flows);

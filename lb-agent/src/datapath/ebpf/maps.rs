@@ -183,13 +183,18 @@ pub struct NodeMaps {
 /// Setting a bit is a read and a write, and two threads do it.
 static FILTER: Mutex<()> = Mutex::new(());
 
+/// The bit of an address in the VIP filter.
+pub fn filter_bit(addr: IpAddr) -> u32 {
+    match addr {
+        IpAddr::V4(addr) => hash::vip_filter_bit(&addr.octets()),
+        IpAddr::V6(addr) => hash::vip_filter_bit(&addr.octets()),
+    }
+}
+
 /// Sets the filter bit of an address: packets to it are looked at.
 pub fn set_filter_bit(filter: &mut Array<MapData, u64>, addr: IpAddr) -> Result<(), DatapathError> {
     let _guard = FILTER.lock().unwrap_or_else(PoisonError::into_inner);
-    let bit = match addr {
-        IpAddr::V4(addr) => hash::vip_filter_bit(&addr.octets()),
-        IpAddr::V6(addr) => hash::vip_filter_bit(&addr.octets()),
-    };
+    let bit = filter_bit(addr);
     let error = |source| map_error("update", "VIP_FILTER", source);
     let word = filter.get(&(bit >> 6), 0).map_err(error)?;
     let with = word | 1 << (bit & 63);

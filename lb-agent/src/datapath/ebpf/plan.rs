@@ -80,6 +80,13 @@ pub struct Capacity {
     pub frontends: usize,
 }
 
+impl Default for Capacity {
+    /// Of maps as they are made (`lb-ebpf/src/maps.rs`).
+    fn default() -> Self {
+        Self { slots: 1 << 20, backends4: 1 << 18, backends6: 1 << 18, frontends: 1 << 16 }
+    }
+}
+
 /// What the kernel holds, as an agent that starts finds it.
 #[derive(Clone, Debug, Default)]
 pub struct Actual {
@@ -93,6 +100,22 @@ pub struct Actual {
     pub vips: BTreeMap<IpAddr, u32>,
     /// Source ranges.
     pub source_ranges: BTreeSet<(u32, IpNet)>,
+}
+
+impl Actual {
+    /// Follows a write.
+    pub fn write(&mut self, op: &Op) {
+        match op {
+            Op::Backend(family, id, backend) => drop(self.backends.insert((*family, *id), *backend)),
+            Op::Slots(first, ids) => self.slots.extend((*first..).zip(ids.iter().copied())),
+            Op::SourceRange(id, net) => drop(self.source_ranges.insert((*id, *net))),
+            Op::Vip(addr, kind) => drop(self.vips.insert(*addr, *kind)),
+            Op::Frontend(addr, value) => drop(self.frontends.insert(*addr, *value)),
+            Op::DeleteFrontend(addr) => drop(self.frontends.remove(addr)),
+            Op::DeleteVip(addr) => drop(self.vips.remove(addr)),
+            Op::DeleteSourceRange(id, net) => drop(self.source_ranges.remove(&(*id, *net))),
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -609,17 +632,7 @@ mod tests {
 
     impl Kernel {
         fn write(&mut self, op: &Op) {
-            let a = &mut self.actual;
-            match op {
-                Op::Backend(family, id, backend) => drop(a.backends.insert((*family, *id), *backend)),
-                Op::Slots(first, ids) => a.slots.extend((*first..).zip(ids.iter().copied())),
-                Op::SourceRange(id, net) => drop(a.source_ranges.insert((*id, *net))),
-                Op::Vip(addr, kind) => drop(a.vips.insert(*addr, *kind)),
-                Op::Frontend(addr, value) => drop(a.frontends.insert(*addr, *value)),
-                Op::DeleteFrontend(addr) => drop(a.frontends.remove(addr)),
-                Op::DeleteVip(addr) => drop(a.vips.remove(addr)),
-                Op::DeleteSourceRange(id, net) => drop(a.source_ranges.remove(&(*id, *net))),
-            }
+            self.actual.write(op);
         }
 
         /// No frontend points to a slot without a live backend of its own service.

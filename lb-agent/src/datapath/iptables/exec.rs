@@ -221,7 +221,8 @@ impl Loaded {
     }
 }
 
-fn is_ours(chain: &str) -> bool {
+/// kube-proxy and we write this chain.
+pub fn is_ours(chain: &str) -> bool {
     names::SHARED.contains(&chain) || names::OF_SERVICES.iter().any(|prefix| chain.starts_with(prefix))
 }
 

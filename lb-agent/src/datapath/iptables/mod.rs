@@ -8,7 +8,7 @@ use lb_core::{
     model::Family,
     rules::{
         incremental::{Rules, Transaction},
-        iptables::{self, Config, Table},
+        iptables::{self, Config, Table, Translation},
         names,
     },
     table::{Changes, ServiceTable},
@@ -33,8 +33,18 @@ struct FamilyRules {
 }
 
 impl IptablesDatapath {
-    /// Finds the programs and prepares the host. A machine without IPv6 rules is served in IPv4.
+    /// Finds the programs and prepares the host.
     pub fn open(config: Config) -> Result<Self, DatapathError> {
+        let localhost = config.localhost_node_ports;
+        let datapath = Self::find(config)?;
+        if localhost {
+            route_localnet();
+        }
+        Ok(datapath)
+    }
+
+    /// Finds the programs that this machine's rules are in. A machine without IPv6 rules is served in IPv4.
+    pub fn find(config: Config) -> Result<Self, DatapathError> {
         let variant = Variant::detect()?;
         let mut families = Vec::new();
         for family in [Family::V4, Family::V6] {
@@ -52,10 +62,12 @@ impl IptablesDatapath {
             families.push(FamilyRules { programs, family, config, rules: None });
             info!(program = programs.name(), "rules go through");
         }
-        if config.localhost_node_ports {
-            route_localnet();
-        }
         Ok(Self { families })
+    }
+
+    /// The programs of each family.
+    pub fn programs(&self) -> Vec<Programs> {
+        self.families.iter().map(|family| family.programs).collect()
     }
 }
 
@@ -191,6 +203,20 @@ pub fn removals(all: bool) -> Result<Vec<(Programs, Transaction)>, DatapathError
         }
     }
     Ok(removals)
+}
+
+/// How services are served by this machine's rules, if they are; without `all` only if our agent wrote them.
+pub fn serves(all: bool) -> Result<Option<Translation>, DatapathError> {
+    let Ok(variant) = Variant::detect() else { return Ok(None) };
+    let loaded = Loaded::parse(&Programs { variant, family: Family::V4 }.save(None)?);
+    let dispatch = (Table::Nat, names::SERVICES.into());
+    // kube-proxy has it since 1.26.
+    let beside_ipvs = (Table::Filter, names::IPVS_FILTER.into());
+    let serves = loaded.chains.contains(&dispatch) && (all || loaded.is_owned());
+    Ok(serves.then(|| match loaded.chains.contains(&beside_ipvs) {
+        true => Translation::Ipvs,
+        false => Translation::Rules,
+    }))
 }
 
 fn removal(loaded: &Loaded) -> Transaction {
