@@ -163,7 +163,7 @@ fn translate<F: Family, C: Ctx>(
     exit: Exit,
 ) -> Stage<End> {
     let failed = End::drop(Outcome::DropRewrite);
-    let forwards = matches!(exit, Exit::Direct(..) | Exit::Neighbour(_));
+    let forwards = matches!(exit, Exit::Direct | Exit::Neighbour);
     if forwards {
         ctx.check_ttl::<F>()?;
     }
@@ -176,11 +176,11 @@ fn translate<F: Family, C: Ctx>(
             ctx.store(0, macs.swapped()).ok_or(failed)?;
             End::redirect(outcome, ctx.send(ctx.ifindex()))
         }
-        Exit::Direct(ifindex, macs) => {
-            ctx.store(0, macs).ok_or(failed)?;
-            End::redirect(outcome, ctx.send(ifindex))
+        Exit::Direct => {
+            ctx.store(0, Macs(entry.macs)).ok_or(failed)?;
+            End::redirect(outcome, ctx.send(entry.ifindex))
         }
-        Exit::Neighbour(ifindex) => End::redirect(outcome, ctx.send_to_neighbour(ifindex)),
+        Exit::Neighbour => End::redirect(outcome, ctx.send_to_neighbour(entry.ifindex)),
     })
 }
 

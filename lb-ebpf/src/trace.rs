@@ -45,9 +45,13 @@ pub use off::*;
 mod on {
     use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map};
     use aya_log_ebpf::info;
+    use lb_common::net::ETHERTYPE_IPV4;
 
     use super::*;
-    use crate::maps::TRACE;
+    use crate::{
+        family::{V4, V6},
+        maps::TRACE,
+    };
 
     /// Whether this CPU's packet is to be logged.
     #[btf_map]
@@ -114,31 +118,18 @@ mod on {
 
     /// The frontend's scope is known.
     #[inline(always)]
-    pub fn service<C: Ctx>(ctx: &C, service: &Service) {
-        if traced() {
-            info!(
-                ctx.as_ptr(),
-                "service port {}: {} backends in slots {} and on, affinity {} s",
-                service.id,
-                service.slots.count,
-                service.slots.first,
-                service.affinity_secs
-            );
-        }
+    pub fn service<C: Ctx>(_: &C, service: &Service) {
+        let Service { id, slots, affinity_secs, .. } = *service;
+        trace_service(id, slots.count, slots.first, affinity_secs);
     }
 
     /// The backend is chosen.
     #[inline(always)]
-    pub fn choice<F: Family, C: Ctx>(ctx: &C, choice: &Choice<'_, F::Addr>) {
-        if traced() {
-            info!(
-                ctx.as_ptr(),
-                "backend {}: {:i}:{}",
-                choice.id,
-                F::shown(&choice.backend.addr),
-                choice.backend.port
-            );
-        }
+    pub fn choice<F: Family, C: Ctx>(_: &C, choice: &Choice<'_, F::Addr>) {
+        match F::ETHERTYPE {
+            ETHERTYPE_IPV4 => trace_choice4(choice.id),
+            _ => trace_choice6(choice.id),
+        };
     }
 
     /// A new flow has its entries.
@@ -163,7 +154,48 @@ mod on {
         trace_ended(hook as u32, end.outcome(), ctx.ifindex());
     }
 
-    /// A subprogram: its stack doesn't lie beside that of the hook's other subprograms.
+    // Global subprograms: their stacks don't lie beside those of the hook's other subprograms, and what a packet is
+    // logged or not logged as is not followed through the rest of its way. Linux 6.1 would see more than a million
+    // instructions otherwise.
+
+    #[inline(never)]
+    #[unsafe(no_mangle)]
+    extern "C" fn trace_service(id: u32, count: u32, first: u32, affinity_secs: u32) -> u32 {
+        if traced() {
+            info!(
+                (),
+                "service port {}: {} backends in slots {} and on, affinity {} s",
+                id,
+                count,
+                first,
+                affinity_secs
+            );
+        }
+        0
+    }
+
+    #[inline(never)]
+    #[unsafe(no_mangle)]
+    extern "C" fn trace_choice4(id: u32) -> u32 {
+        log_choice::<V4>(id)
+    }
+
+    #[inline(never)]
+    #[unsafe(no_mangle)]
+    extern "C" fn trace_choice6(id: u32) -> u32 {
+        log_choice::<V6>(id)
+    }
+
+    #[inline(always)]
+    fn log_choice<F: Family>(id: u32) -> u32 {
+        if traced()
+            && let Some(backend) = F::backend(id)
+        {
+            info!((), "backend {}: {:i}:{}", id, F::shown(&backend.addr), backend.port);
+        }
+        0
+    }
+
     #[inline(never)]
     #[unsafe(no_mangle)]
     extern "C" fn trace_ended(hook: u32, outcome: u32, ifindex: u32) -> u32 {

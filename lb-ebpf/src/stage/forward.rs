@@ -18,7 +18,6 @@ use crate::{
     ctx::Ctx,
     family::Family,
     maps,
-    packet::Macs,
     verdict::{End, Stage},
 };
 
@@ -37,10 +36,10 @@ pub enum Exit {
     Stack,
     /// Back where it came from.
     TurnAround,
-    /// Out of a device, with these Ethernet addresses.
-    Direct(u32, Macs),
-    /// Out of a device, by the kernel's neighbour output.
-    Neighbour(u32),
+    /// Out of the entry's device, with the entry's Ethernet addresses.
+    Direct,
+    /// Out of the entry's device, by the kernel's neighbour output.
+    Neighbour,
 }
 
 /// Where an address is reached.
@@ -121,10 +120,10 @@ pub fn first_exit<F: Family, C: Ctx>(
 ) -> Stage<Exit> {
     remember(entry, route, routing_generation);
     match entry.next_hop {
-        next_hop::KNOWN_TO_XDP => Ok(Exit::Direct(entry.ifindex, Macs(entry.macs))),
+        next_hop::KNOWN_TO_XDP => Ok(Exit::Direct),
         _ if C::IS_XDP => Err(End::pass(Outcome::PassToTc)),
-        next_hop::KNOWN => Ok(Exit::Direct(entry.ifindex, Macs(entry.macs))),
-        _ => Ok(Exit::Neighbour(entry.ifindex)),
+        next_hop::KNOWN => Ok(Exit::Direct),
+        _ => Ok(Exit::Neighbour),
     }
 }
 
@@ -149,14 +148,14 @@ pub fn exit<F: Family, C: Ctx>(ctx: &C, entry: &mut FlowValue<F::Addr>, now: u32
         remember(entry, &route, generation);
         if !C::IS_XDP {
             entry.neighbour_checked = now;
-            return Ok(Exit::Neighbour(entry.ifindex));
+            return Ok(Exit::Neighbour);
         }
     }
     match entry.next_hop {
-        next_hop::KNOWN if !C::IS_XDP => Ok(Exit::Direct(entry.ifindex, Macs(entry.macs))),
-        next_hop::KNOWN_TO_XDP => Ok(Exit::Direct(entry.ifindex, Macs(entry.macs))),
+        next_hop::KNOWN if !C::IS_XDP => Ok(Exit::Direct),
+        next_hop::KNOWN_TO_XDP => Ok(Exit::Direct),
         _ if C::IS_XDP => Err(End::pass(Outcome::PassToTc)),
-        _ => Ok(Exit::Neighbour(entry.ifindex)),
+        _ => Ok(Exit::Neighbour),
     }
 }
 

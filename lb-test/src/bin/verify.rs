@@ -3,12 +3,9 @@
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use anyhow::{Context, Result, bail};
-use aya::{
-    Ebpf, EbpfLoader,
-    programs::{Program, ProgramInfo},
-};
+use aya::{Ebpf, EbpfLoader, programs::ProgramInfo};
 use clap::Parser;
-use lb_agent::datapath::ebpf::objects;
+use lb_agent::datapath::ebpf::{load::load_program, objects};
 
 /// Loads each program once; with a budget file, fails if one needs more than its budget.
 #[derive(Parser)]
@@ -69,13 +66,7 @@ struct Cost {
 
 fn measure(ebpf: &mut Ebpf, measured: &mut BTreeMap<String, Cost>) -> Result<()> {
     for (name, program) in ebpf.programs_mut() {
-        let load = match program {
-            Program::Xdp(program) => program.load(),
-            Program::SchedClassifier(program) => program.load(),
-            Program::CgroupSockAddr(program) => program.load(),
-            _ => bail!("{name}: of an unexpected type"),
-        };
-        load.with_context(|| format!("load {name}"))?;
+        load_program(program).with_context(|| format!("load {name}"))?;
         let info: ProgramInfo = program.info().with_context(|| format!("ask about {name}"))?;
         let cost = Cost {
             verified: info

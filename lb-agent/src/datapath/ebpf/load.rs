@@ -1,6 +1,9 @@
 //! Loads the programs; maps are taken from their pins, or made and pinned.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::{
+    io::ErrorKind,
+    os::fd::{AsFd, BorrowedFd},
+};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -121,7 +124,21 @@ fn load(pins: Option<&Pins>, name: &str, object: &[u8], sizes: Sizes) -> Result<
     Ok(ebpf)
 }
 
-fn load_program(program: &mut Program) -> Result<(), ProgramError> {
+/// Loads a program. The verifier gives up with `EAGAIN` when a signal is pending (`kernel/bpf/verifier.c: do_check`),
+/// which says nothing about the program: libbpf tries five times as well.
+pub fn load_program(program: &mut Program) -> Result<(), ProgramError> {
+    for _ in 1..LOAD_ATTEMPTS {
+        match load_once(program) {
+            Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == ErrorKind::WouldBlock => {}
+            result => return result,
+        }
+    }
+    load_once(program)
+}
+
+const LOAD_ATTEMPTS: u32 = 5;
+
+fn load_once(program: &mut Program) -> Result<(), ProgramError> {
     match program {
         Program::Xdp(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
