@@ -16,7 +16,13 @@ use aya::{
 use clap::{Parser, Subcommand};
 use lb_agent::{
     args::Mode,
-    datapath::{Datapath, ebpf::maps::Wire, iptables::IptablesDatapath, nftables::NftablesDatapath},
+    datapath::{
+        Datapath,
+        ebpf::maps::Wire,
+        iptables::IptablesDatapath,
+        ipvs::{IpvsConfig, IpvsDatapath},
+        nftables::NftablesDatapath,
+    },
 };
 use lb_common::{abi::BenchConfig, outcome::Hook};
 use lb_core::{
@@ -50,8 +56,8 @@ enum What {
         /// How many Services, one measurement each.
         #[arg(long, value_delimiter = ',', default_values_t = [1_000, 10_000])]
         services: Vec<u32>,
-        /// ebpf, nftables, iptables.
-        #[arg(long, value_delimiter = ',', default_values = ["ebpf", "nftables", "iptables"])]
+        /// ebpf, nftables, iptables, ipvs.
+        #[arg(long, value_delimiter = ',', default_values = ["ebpf", "nftables", "iptables", "ipvs"])]
         modes: Vec<Mode>,
     },
 }
@@ -312,12 +318,24 @@ fn sync(scales: &[u32], modes: &[Mode]) -> Result<Vec<Value>> {
                 rows.extend(sync_of("ebpf", services, CHANGES.0, |events| Ok(node.apply(events)?.1))?);
                 continue;
             }
+            if mode == Mode::Ipvs && !has_ipvs() {
+                eprintln!(
+                    "SKIP ipvs, {services} services: this kernel has no IPVS; `cargo xtask bench sync --vm` boots one that has"
+                );
+                continue;
+            }
             // A thread with a network namespace of its own, which goes when the thread ends.
             let measured = std::thread::spawn(move || sync_of_rules(mode, services)).join();
             rows.extend(measured.map_err(|_| anyhow!("the benchmark of {mode:?} panicked"))??);
         }
     }
     Ok(rows)
+}
+
+/// The module is there, or the kernel has it built in.
+fn has_ipvs() -> bool {
+    let found = std::process::Command::new("modprobe").args(["-q", "ip_vs"]).status();
+    found.is_ok_and(|status| status.success()) || std::path::Path::new("/proc/net/ip_vs").exists()
 }
 
 fn sync_of_rules(mode: Mode, services: u32) -> Result<Vec<Value>> {
@@ -329,7 +347,9 @@ fn sync_of_rules(mode: Mode, services: u32) -> Result<Vec<Value>> {
         rules::iptables::Config { localhost_node_ports: false, ..rules::iptables::Config::default() };
     let mut datapath: Box<dyn Datapath> = match mode {
         Mode::Nftables => Box::new(NftablesDatapath::open(&config)?),
-        _ => Box::new(IptablesDatapath::open(config)?),
+        Mode::Iptables => Box::new(IptablesDatapath::open(config)?),
+        Mode::Ipvs => Box::new(IpvsDatapath::open(config, IpvsConfig::default())?),
+        Mode::Ebpf => bail!("maps are measured without a namespace"),
     };
     let name = datapath.name();
     let mut compiler = Compiler::new(CompileConfig::default(), NodeView::default());
