@@ -16,6 +16,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
+use lb_test::patience;
 use serde_json::json;
 
 #[derive(Parser)]
@@ -79,11 +80,11 @@ fn main() -> Result<()> {
     match Args::parse().command {
         Command::Serve { id, listen } => serve(&id, &listen),
         Command::Tcp { target, count, timeout_ms } => {
-            (0..count).for_each(|_| println!("{}", tcp(target, Duration::from_millis(timeout_ms))));
+            (0..count).for_each(|_| println!("{}", tcp(target, patience(Duration::from_millis(timeout_ms)))));
             Ok(())
         }
         Command::Udp { target, connected, dual_stack, count, timeout_ms } => {
-            let timeout = Duration::from_millis(timeout_ms);
+            let timeout = patience(Duration::from_millis(timeout_ms));
             (0..count).for_each(|_| println!("{}", udp(target, connected, dual_stack, timeout)));
             Ok(())
         }
@@ -236,8 +237,8 @@ fn udp(target: SocketAddr, connected: bool, dual_stack: bool, timeout: Duration)
 }
 
 fn download(target: SocketAddr, bytes: u64, pause: Duration) -> Result<()> {
-    let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(5))?;
-    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    let mut stream = TcpStream::connect_timeout(&target, patience(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(patience(Duration::from_secs(20))))?;
     writeln!(stream, "get {bytes}")?;
     let (mut sequence, mut got) = (Sequence::default(), 0u64);
     let mut chunk = vec![0; 64 * 1024];
@@ -291,8 +292,8 @@ fn load(target: SocketAddr, connections: u32, udp: u32, duration: Duration) -> s
 /// One connection for the whole time; its answers must always come from the same server.
 fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant) {
     let talk = || -> std::io::Result<()> {
-        let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(10))?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let mut stream = TcpStream::connect_timeout(&target, patience(Duration::from_secs(10)))?;
+        stream.set_read_timeout(Some(patience(Duration::from_secs(10))))?;
         let mut lines = BufReader::new(stream.try_clone()?);
         let mut first = String::new();
         while Instant::now() < deadline {
@@ -321,7 +322,7 @@ fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant) {
 /// A new socket for each question; the answer must come from where it was sent.
 fn load_udp(target: SocketAddr, counts: &Counts, deadline: Instant) {
     while Instant::now() < deadline {
-        let answer = udp(target, false, false, Duration::from_secs(5));
+        let answer = udp(target, false, false, patience(Duration::from_secs(5)));
         counts.udp_requests.fetch_add(1, Ordering::Relaxed);
         if answer.get("error").is_some() {
             counts.udp_lost.fetch_add(1, Ordering::Relaxed);
