@@ -11,7 +11,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::netns::{Lab, output};
+use crate::{
+    netns::{Lab, output},
+    patience,
+};
 
 /// How pods reach their node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,6 +202,21 @@ impl Cluster {
 
     /// Starts a node's agent and waits until it is programmed.
     pub fn start_agent(&mut self, node: u8) -> Result<()> {
+        self.start_agents(&[node])
+    }
+
+    /// Starts several nodes' agents at once and waits until all are programmed.
+    pub fn start_agents(&mut self, nodes: &[u8]) -> Result<()> {
+        for node in nodes {
+            let child = self.spawn_agent(*node)?;
+            let name = format!("node{node}");
+            self.agents.retain(|(known, _)| *known != name);
+            self.agents.push((name, Some(child)));
+        }
+        nodes.iter().try_for_each(|node| self.wait_until_healthy(*node))
+    }
+
+    fn spawn_agent(&self, node: u8) -> Result<Child> {
         let name = format!("node{node}");
         let cgroup = self.lab.cgroup(&name);
         fs::create_dir_all(&cgroup)?;
@@ -212,12 +230,21 @@ impl Cluster {
             .arg(self.lab.bpf_root(&name))
             .arg("--cgroup-root")
             .arg(cgroup)
+            // Named, so that no agent has to try what works: `--mode auto` is for who asks for it.
+            .args(["--mode", "ebpf"].iter().filter(|_| !self.agent_options.iter().any(|o| o == "--mode")))
             .args(&self.agent_options)
             .stdout(Stdio::null())
             .stderr(log);
-        let mut child = command.spawn().context("start lb-agent")?;
-        let deadline = Instant::now() + Duration::from_secs(20);
+        command.spawn().context("start lb-agent")
+    }
+
+    fn wait_until_healthy(&mut self, node: u8) -> Result<()> {
+        let name = format!("node{node}");
+        let limit = patience(Duration::from_secs(20));
+        let deadline = Instant::now() + limit;
         loop {
+            let agent = self.agents.iter_mut().find(|(known, _)| *known == name);
+            let child = agent.and_then(|(_, child)| child.as_mut()).context("an agent")?;
             if let Some(status) = child.try_wait()? {
                 bail!("lb-agent on {name}: {status}\n{}", self.log_tail(node));
             }
@@ -227,17 +254,13 @@ impl Cluster {
                 .args(["-sf", "-m", "1", "http://127.0.0.1:10256/healthz"])
                 .output()?;
             if probe.status.success() {
-                break;
+                return Ok(());
             }
             if Instant::now() > deadline {
-                let _ = child.kill();
-                bail!("lb-agent on {name}: not healthy in 20 s\n{}", self.log_tail(node));
+                bail!("lb-agent on {name}: not healthy in {limit:?}\n{}", self.log_tail(node));
             }
-            std::thread::sleep(Duration::from_millis(30));
+            std::thread::sleep(patience(Duration::from_millis(30)));
         }
-        self.agents.retain(|(known, _)| *known != name);
-        self.agents.push((name, Some(child)));
-        Ok(())
     }
 
     /// Ends a node's agent with a signal and waits for it.
@@ -276,7 +299,7 @@ impl Cluster {
 
     /// Waits until a node's agent serves `frontend` (as `service list` prints it) with so many backends outside.
     pub fn wait_for(&self, node: u8, frontend: &str, backends: usize) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + patience(Duration::from_secs(10));
         loop {
             let rows: serde_json::Value =
                 serde_json::from_str(&self.agent(node, &["service", "list", "-o", "json"])?)?;

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use aya::{
     Ebpf,
-    programs::{SchedClassifier, TcAttachType, Xdp, XdpMode},
+    programs::{ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode},
 };
 
 /// Everything one test owns: namespaces, processes, cgroups, pins and files, all named after its process.
@@ -117,7 +117,16 @@ impl Lab {
         programs.extend(self.inside(ns, || {
             let mut names = Vec::new();
             for side in [TcAttachType::Ingress, TcAttachType::Egress] {
-                let (_, found) = SchedClassifier::query_tcx(device, side)?;
+                let found = match SchedClassifier::query_tcx(device, side) {
+                    Ok((_, found)) => found,
+                    // Before Linux 6.6 there is no TCX to ask about.
+                    Err(ProgramError::SyscallError(error))
+                        if error.io_error.raw_os_error() == Some(libc::EINVAL) =>
+                    {
+                        return Ok(names);
+                    }
+                    Err(error) => return Err(error.into()),
+                };
                 names.extend(found.iter().map(|info| format!("tcx {}", info.name_as_str().unwrap_or("?"))));
             }
             Ok(names)

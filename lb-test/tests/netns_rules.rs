@@ -7,7 +7,7 @@ use std::{
 
 use lb_test::{
     cluster::{Cluster, Cni, node_ip, pod_ip, pod_ip6},
-    netns,
+    netns, patience,
 };
 
 const EBPF: [&str; 2] = ["--mode", "ebpf"];
@@ -43,9 +43,7 @@ fn cluster(options: &[&str]) -> Cluster {
 /// Starts both nodes' agents.
 fn start(cluster: &mut Cluster, options: &[&str]) {
     cluster.agent_options = options.iter().map(ToString::to_string).collect();
-    for node in [1, 2] {
-        cluster.start_agent(node).expect("an agent");
-    }
+    cluster.start_agents(&[1, 2]).expect("agents");
 }
 
 /// Adds a service while agents run, and waits until it is served in both families.
@@ -60,8 +58,8 @@ fn until(what: &str, holds: impl FnMut() -> bool) {
     until_within(Duration::from_secs(10), what, holds);
 }
 
-fn until_within(patience: Duration, what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + patience;
+fn until_within(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience(limit);
     while !holds() {
         assert!(Instant::now() < deadline, "in vain: {what}");
         std::thread::sleep(Duration::from_millis(50));
@@ -161,13 +159,13 @@ fn what_somebody_flushes_comes_back() {
     let served = |from| cluster.tcp(from, None, "10.96.0.10:80").unwrap().id.is_some();
     assert!(served("pod12") && served("pod22"));
     // What has gone is noticed once in 30 s.
-    let patience = Instant::now() + Duration::from_secs(45);
+    let deadline = Instant::now() + patience(Duration::from_secs(45));
     for (node, program, words) in [("node1", "iptables", "-t nat -F"), ("node2", "nft", "flush ruleset")] {
         netns::run(cluster.lab.command(node, program).args(words.split(' '))).unwrap();
     }
     assert!(!served("pod12") && !served("pod22"));
     while !(served("pod12") && served("pod22")) {
-        assert!(Instant::now() < patience, "the rules are still gone");
+        assert!(Instant::now() < deadline, "the rules are still gone");
     }
 }
 

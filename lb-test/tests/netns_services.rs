@@ -276,7 +276,7 @@ fn masquerade_all_shows_the_node_to_every_backend() {
 
 #[test]
 fn maps_are_readable_with_bpftool() {
-    let cluster = cluster(Cni::Bridge, &[]);
+    let cluster = cluster(Cni::Bridge, &["--mode", "auto"]);
     assert!(cluster.tcp("client", None, "198.51.100.10:80").unwrap().id.is_some());
     let dir = cluster.lab.bpf_root("node1").join(format!("v{}", lb_common::abi::LAYOUT_VERSION));
     for (map, fields) in [

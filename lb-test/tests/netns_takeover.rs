@@ -38,9 +38,7 @@ fn cluster(options: &[&str]) -> Cluster {
 
 fn start(cluster: &mut Cluster, options: &[&str]) {
     cluster.agent_options = options.iter().map(ToString::to_string).collect();
-    for node in [1, 2] {
-        cluster.start_agent(node).expect("an agent");
-    }
+    cluster.start_agents(&[1, 2]).expect("agents");
 }
 
 fn change_mode(cluster: &mut Cluster, options: &[&str]) {

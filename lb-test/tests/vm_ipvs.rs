@@ -3,9 +3,10 @@
 
 use std::time::{Duration, Instant};
 
+use lb_core::flow::Dialect;
 use lb_test::{
     cluster::{Cluster, Cni, node_ip, node_ip6, pod_ip, pod_ip6},
-    netns,
+    flows, in_vm, netns, patience,
 };
 
 const IPVS: [&str; 4] = ["--mode", "ipvs", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
@@ -13,8 +14,7 @@ const NFTABLES: [&str; 4] = ["--mode", "nftables", "--cluster-cidr", "10.244.0.0
 
 /// Two nodes whose service `web` has node 2's own addresses as externalIPs; its endpoints are these pods.
 fn cluster(name: &str, pods: &[&str]) -> Option<Cluster> {
-    if std::env::var_os("IN_VM").is_none() {
-        println!("SKIP {name}: this kernel may have no IPVS; `cargo xtask test vm` boots one that has");
+    if !in_vm(name) {
         return None;
     }
     let mut cluster = Cluster::new(Cni::Routed, 2).expect("a cluster of namespaces");
@@ -52,13 +52,11 @@ fn apply(cluster: &Cluster, pods: &[&str]) {
 
 fn start(cluster: &mut Cluster, options: &[&str]) {
     cluster.agent_options = options.iter().map(ToString::to_string).collect();
-    for node in [1, 2] {
-        cluster.start_agent(node).expect("an agent");
-    }
+    cluster.start_agents(&[1, 2]).expect("agents");
 }
 
-fn until(what: &str, patience: Duration, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + patience;
+fn until(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience(limit);
     while !holds() {
         assert!(Instant::now() < deadline, "in vain: {what}");
         std::thread::sleep(Duration::from_millis(200));
@@ -72,7 +70,7 @@ fn on_node1(cluster: &Cluster, words: &str) -> String {
 
 /// Who answers, or the error; `how` is tcp, udp or `udp --connected …`.
 fn ask(cluster: &Cluster, from: &str, how: &[&str], target: &str) -> String {
-    let args = [&how[..1], &[target, "--timeout-ms", "4000"], &how[1..]].concat();
+    let args = [&how[..1], &[target, "--timeout-ms", "1500"], &how[1..]].concat();
     let answer = cluster.ask(from, None, &args).unwrap().pop().expect("one answer");
     answer.id.or(answer.error).unwrap_or_default()
 }
@@ -81,6 +79,13 @@ const TCP: &[&str] = &["tcp"];
 const UDP: &[&str] = &["udp", "--connected"];
 /// Three fragments.
 const LONG_UDP: &[&str] = &["udp", "--connected", "--bytes", "4000"];
+
+#[test]
+fn every_path_with_ipvs() {
+    if in_vm("every_path_with_ipvs") {
+        flows::check_all(&flows::cluster(Cni::Routed, &IPVS), Dialect::Ipvs);
+    }
+}
 
 #[test]
 fn a_nodes_address_as_external_ip_cuts_nobody_off() {
@@ -139,7 +144,7 @@ fn connections_to_an_endpoint_that_is_gone_end_by_themselves() {
     else {
         return;
     };
-    let load = ["load", "10.96.0.10:80", "--connections", "10", "--udp", "0", "--secs", "30", "--abort"];
+    let load = ["load", "10.96.0.10:80", "--connections", "10", "--udp", "0", "--secs", "20", "--abort"];
     let running = cluster.spawn("pod12", None, &load).unwrap();
     std::thread::sleep(Duration::from_secs(5));
     apply(&cluster, &["pod21"]);
@@ -197,7 +202,7 @@ fn another_mode_takes_over_without_cutting_a_connection() {
     }
     let target = format!("{}:80", node_ip(2));
     let loads = [("pod12", "10.96.0.10:80"), ("client", &target)].map(|(from, target)| {
-        let load = ["load", target, "--connections", "20", "--udp", "2", "--secs", "60", "--abort"];
+        let load = ["load", target, "--connections", "20", "--udp", "2", "--secs", "30", "--abort"];
         cluster.spawn(from, None, &load).unwrap()
     });
     std::thread::sleep(Duration::from_secs(3));
@@ -228,8 +233,7 @@ fn the_kernel_takes_every_scheduler() {
         rules::ipvs::{Phase, Scheduler, Servers},
         synthetic,
     };
-    if std::env::var_os("IN_VM").is_none() {
-        println!("SKIP the_kernel_takes_every_scheduler: this kernel may have no IPVS");
+    if !in_vm("the_kernel_takes_every_scheduler") {
         return;
     }
     let mut lab = netns::Lab::new().unwrap();

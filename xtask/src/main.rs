@@ -6,6 +6,7 @@ mod check;
 mod setup;
 mod test;
 mod tidy;
+mod vm;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -34,10 +35,13 @@ enum Command {
     },
     /// Format, clippy, tidy rules, unit and golden tests. Needs no root.
     Check,
-    /// Run tests: unit, packet (BPF_PROG_TEST_RUN) and netns (real sockets); all by default.
+    /// Run tests: unit, packet (BPF_PROG_TEST_RUN), netns (real sockets) and vm (other kernels); all by default.
     Test {
         /// Which rings; all if none is named.
         rings: Vec<test::Ring>,
+        /// Leave out the ring vm.
+        #[arg(long)]
+        no_vm: bool,
     },
     /// Verified instructions of each program against lb-ebpf/verifier.toml.
     Verifier {
@@ -80,9 +84,9 @@ fn main() -> Result<()> {
             setup::ensure()?;
             check::run()
         }
-        Command::Test { rings } => {
+        Command::Test { rings, no_vm } => {
             setup::ensure()?;
-            test::run(&rings)
+            test::run(&rings, !no_vm)
         }
         Command::Verifier { write } => {
             setup::ensure()?;

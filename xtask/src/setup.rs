@@ -17,7 +17,7 @@ const BPF_LINKER: &str = "bpf-linker@0.10.3";
 const RUSTC_PACKAGES: [&str; 2] = ["rustc-web", "rust-web-src"];
 
 /// Programs the tests run, and the Debian packages that have them.
-const TOOLS: [(&str, &str); 7] = [
+const TOOLS: [(&str, &str); 12] = [
     ("ip", "iproute2"),
     ("nft", "nftables"),
     ("iptables", "iptables"),
@@ -25,6 +25,11 @@ const TOOLS: [(&str, &str); 7] = [
     ("conntrack", "conntrack"),
     ("bpftool", "bpftool"),
     ("tcpdump", "tcpdump"),
+    ("curl", "curl"),
+    ("ipset", "ipset"),
+    ("ipvsadm", "ipvsadm"),
+    ("modprobe", "kmod"),
+    ("xz", "xz-utils"),
 ];
 
 /// A compiler that can build `core` for the BPF target.

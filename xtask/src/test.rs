@@ -3,16 +3,17 @@
 use std::{
     io::{BufRead, BufReader},
     process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
 use crate::{
-    build_ebpf,
+    build_ebpf, cargo,
     cargo::is_root,
     check::{UNPRIVILEGED, UNPRIVILEGED_OF_LB_TEST},
-    tidy,
+    tidy, vm,
 };
 
 /// A ring of tests, least power first.
@@ -24,7 +25,40 @@ pub enum Ring {
     Packet,
     /// Real sockets in network namespaces: root.
     Netns,
+    /// Debian's kernels in qemu: root, on Debian for x86-64.
+    Vm,
 }
+
+/// A test binary, and which of its tests; all if none is named.
+type InVm = (&'static str, &'static [&'static str]);
+
+/// What runs in the VM, by kernel package. IPVS needs a kernel that has it.
+const IN_VM: [(&str, &[InVm]); 2] = [
+    (
+        "linux-image-cloud-amd64",
+        &[
+            ("vm_kernel", &[]),
+            ("vm_outage", &[]),
+            ("vm_ipvs", &[]),
+            (
+                "netns_services",
+                &[
+                    "every_path_with_bridged_pods",
+                    "every_path_with_routed_pods",
+                    "every_path_with_iptables",
+                    "every_path_with_nftables",
+                ],
+            ),
+        ],
+    ),
+    ("linux-image-6.12-cloud-amd64", &[("vm_kernel", &[])]),
+];
+
+/// How much slower than usual the VM's clock may find us (`lb_test::patience`).
+const VM_SLOWNESS: u32 = 3;
+
+/// For one kernel's tests; they take a quarter of it here.
+const VM_LIMIT: Duration = Duration::from_secs(20 * 60);
 
 #[derive(Default)]
 struct Sum {
@@ -33,12 +67,27 @@ struct Sum {
     skipped: u64,
 }
 
-/// Runs the named rings, or all, and closes with one line of counts.
-pub fn run(rings: &[Ring]) -> Result<()> {
-    let all = [Ring::Unit, Ring::Packet, Ring::Netns];
-    let rings = if rings.is_empty() { &all } else { rings };
+impl Sum {
+    /// Shows a line and counts what it says.
+    fn read(&mut self, line: &str) {
+        println!("{line}");
+        if line.starts_with("SKIP ") {
+            self.skipped += 1;
+        }
+        if let Some(counts) = line.strip_prefix("test result: ") {
+            self.passed += count(counts, " passed");
+            self.failed += count(counts, " failed");
+        }
+    }
+}
+
+/// Runs the named rings, or all, and closes with one line of counts. Without `vm` the last ring is left out of all.
+pub fn run(rings: &[Ring], vm: bool) -> Result<()> {
+    let all = [Ring::Unit, Ring::Packet, Ring::Netns, Ring::Vm];
+    let named = !rings.is_empty();
+    let rings = if named { rings } else { &all };
     if rings.iter().any(|ring| *ring != Ring::Unit) && !is_root() {
-        bail!("packet and netns tests need root: run as root, or `cargo xtask test unit`");
+        bail!("packet, netns and vm tests need root: run as root, or `cargo xtask test unit`");
     }
     build_ebpf::run()?;
     let mut sum = Sum::default();
@@ -84,6 +133,12 @@ pub fn run(rings: &[Ring]) -> Result<()> {
                     &mut sum,
                 )?;
             }
+            Ring::Vm => match vm::obstacle() {
+                _ if !vm => skip("vm: left out by --no-vm", &mut sum),
+                Some(reason) if named => bail!("no test VM here: {reason}"),
+                Some(reason) => skip(&format!("vm: {reason}"), &mut sum),
+                None => in_vm(&mut sum)?,
+            },
         }
     }
     println!("\n{} passed, {} failed, {} skipped", sum.passed, sum.failed, sum.skipped);
@@ -100,21 +155,67 @@ fn cargo_test(args: &[&str], sum: &mut Sum) -> Result<()> {
     let stdout = child.stdout.take().context("cargo's output")?;
     let failed_before = sum.failed;
     for line in BufReader::new(stdout).lines() {
-        let line = line?;
-        println!("{line}");
-        if line.starts_with("SKIP ") {
-            sum.skipped += 1;
-        }
-        if let Some(counts) = line.strip_prefix("test result: ") {
-            sum.passed += count(counts, " passed");
-            sum.failed += count(counts, " failed");
-        }
+        sum.read(&line?);
     }
     let status = child.wait()?;
     if !status.success() && sum.failed == failed_before {
         bail!("cargo {}: {status}", args.join(" "));
     }
     Ok(())
+}
+
+fn skip(what: &str, sum: &mut Sum) {
+    sum.read(&format!("SKIP {what}"));
+}
+
+/// Boots each kernel once for all its tests.
+fn in_vm(sum: &mut Sum) -> Result<()> {
+    cargo::run(&["build", "-p", "lb-agent", "-p", "lb-test", "--bins"])?;
+    for (package, tests) in IN_VM {
+        let Some(kernel) = vm::fetch(package)? else {
+            skip(&format!("vm: this Debian release has no {package}"), sum);
+            continue;
+        };
+        let script = script(tests)?;
+        eprintln!("+ boot {}", kernel.release);
+        let started = Instant::now();
+        let failed_before = sum.failed;
+        let code = vm::boot(&kernel, &script, VM_LIMIT, |line| sum.read(line))?;
+        eprintln!("{}: {} s", kernel.release, started.elapsed().as_secs());
+        if code != 0 && sum.failed == failed_before {
+            bail!("kernel {}: a test program ended with {code}", kernel.release);
+        }
+    }
+    Ok(())
+}
+
+/// Runs test binaries one after the other, in the workspace; fails if one does.
+fn script(tests: &[InVm]) -> Result<String> {
+    let (root, path) = (cargo::root(), std::env::var("PATH")?);
+    let mut script = format!(
+        "export PATH='{path}:/usr/sbin:/sbin' HOME=/root IN_VM=1 LB_TEST_SLOW={VM_SLOWNESS}\ncd '{}'\ncode=0\n",
+        root.display()
+    );
+    for (binary, names) in tests {
+        let file = test_binary(binary)?;
+        script += &format!("'{file}' --color=never --test-threads=1 {} || code=$?\n", names.join(" "));
+    }
+    Ok(script + "exit $code\n")
+}
+
+/// Builds a test of lb-test and says where it is.
+fn test_binary(name: &str) -> Result<String> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["test", "--no-run", "-p", "lb-test", "--test", name, "--message-format=json"]);
+    let output = cargo.stderr(Stdio::inherit()).output().context("start cargo")?;
+    if !output.status.success() {
+        bail!("build the test {name}: {}", output.status);
+    }
+    let file = String::from_utf8_lossy(&output.stdout).lines().find_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        (message["target"]["name"] == name).then(|| message["executable"].as_str().map(str::to_owned))?
+    });
+    file.with_context(|| format!("cargo names no binary for the test {name}"))
 }
 
 /// The number before a word, as in `ok. 12 passed; 0 failed; …`.

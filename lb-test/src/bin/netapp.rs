@@ -17,6 +17,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
+use lb_test::patience;
 use serde_json::json;
 
 #[derive(Parser)]
@@ -89,11 +90,11 @@ fn main() -> Result<()> {
     match Args::parse().command {
         Command::Serve { id, listen } => serve(&id, &listen),
         Command::Tcp { target, count, timeout_ms } => {
-            (0..count).for_each(|_| println!("{}", tcp(target, Duration::from_millis(timeout_ms))));
+            (0..count).for_each(|_| println!("{}", tcp(target, patience(Duration::from_millis(timeout_ms)))));
             Ok(())
         }
         Command::Udp { target, connected, dual_stack, count, bytes, timeout_ms } => {
-            let timeout = Duration::from_millis(timeout_ms);
+            let timeout = patience(Duration::from_millis(timeout_ms));
             let question = vec![b'?'; bytes];
             (0..count).for_each(|_| println!("{}", udp(target, connected, dual_stack, &question, timeout)));
             Ok(())
@@ -254,8 +255,8 @@ fn udp(
 }
 
 fn download(target: SocketAddr, bytes: u64, pause: Duration) -> Result<()> {
-    let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(5))?;
-    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    let mut stream = TcpStream::connect_timeout(&target, patience(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(patience(Duration::from_secs(20))))?;
     writeln!(stream, "get {bytes}")?;
     let (mut sequence, mut got) = (Sequence::default(), 0u64);
     let mut chunk = vec![0; 64 * 1024];
@@ -321,8 +322,8 @@ fn load(target: SocketAddr, clients: Clients, duration: Duration) -> serde_json:
 /// One connection for the whole time; its answers must always come from the same server.
 fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant, abort: bool) {
     let talk = || -> std::io::Result<()> {
-        let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(10))?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let mut stream = TcpStream::connect_timeout(&target, patience(Duration::from_secs(10)))?;
+        stream.set_read_timeout(Some(patience(Duration::from_secs(10))))?;
         let mut lines = BufReader::new(stream.try_clone()?);
         let mut first = String::new();
         while Instant::now() < deadline {
@@ -367,7 +368,7 @@ fn close_with_reset(stream: TcpStream) -> std::io::Result<()> {
 /// A new socket for each question; the answer must come from where it was sent.
 fn load_udp(target: SocketAddr, counts: &Counts, deadline: Instant) {
     while Instant::now() < deadline {
-        let answer = udp(target, false, false, b"id", Duration::from_secs(5));
+        let answer = udp(target, false, false, b"id", patience(Duration::from_secs(5)));
         counts.udp_requests.fetch_add(1, Ordering::Relaxed);
         if answer.get("error").is_some() {
             counts.udp_lost.fetch_add(1, Ordering::Relaxed);

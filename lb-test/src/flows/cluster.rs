@@ -123,9 +123,8 @@ pub fn cluster(cni: Cni, options: &[&str]) -> Cluster {
     }
     cluster.apply_nodes().expect("nodes");
     cluster.apply("services.yaml", &manifests()).expect("services");
-    cluster.start_agent(1).expect("an agent");
-    cluster.start_agent(2).expect("an agent");
-    if !options.contains(&"--mode") {
+    cluster.start_agents(&[1, 2]).expect("agents");
+    if !options.contains(&"--mode") || options.contains(&"auto") {
         cluster.wait_for(1, "10.96.0.10:80/TCP", 2).expect("web is served");
         cluster.wait_for(2, "10.96.0.10:80/TCP", 2).expect("web is served");
     }
