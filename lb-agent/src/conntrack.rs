@@ -10,25 +10,14 @@ use std::{
 
 use lb_common::net::PROTO_TCP;
 use lb_core::model::Family;
-use netlink_sys::{Socket, SocketAddr as Kernel, protocols::NETLINK_NETFILTER};
+
+use crate::nfnetlink::{ACK, CREATE, DUMP, Netfilter, REQUEST, find, nested, plain};
 
 /// `NFNL_SUBSYS_CTNETLINK`, as the high byte of a message's type; the low byte is what is asked.
 const SUBSYSTEM: u16 = 1 << 8;
 const NEW: u16 = 0;
 const GET: u16 = 1;
 const DELETE: u16 = 2;
-
-/// `NLMSG_ERROR`, `NLMSG_DONE` and `NLM_F_*` (`include/uapi/linux/netlink.h`).
-const ERROR: u16 = 2;
-const DONE: u16 = 3;
-const REQUEST: u16 = 1;
-const ACK: u16 = 4;
-const DUMP: u16 = 0x300;
-const CREATE: u16 = 0x400;
-
-/// Length of a message's header, and of the nfnetlink header after it.
-const HEADER: usize = 16;
-const NF_HEADER: usize = 4;
 
 /// `CTA_*`.
 mod attribute {
@@ -53,8 +42,6 @@ mod attribute {
     /// In the protocol's state.
     pub const PROTOINFO_TCP: u16 = 1;
     pub const TCP_STATE: u16 = 1;
-    /// The attribute holds attributes.
-    pub const NESTED: u16 = 0x8000;
 }
 
 /// `IPS_*` (`include/uapi/linux/netfilter/nf_conntrack_common.h`).
@@ -90,26 +77,21 @@ pub struct Entry {
 }
 
 /// The kernel's table of connections, of this network namespace.
-pub struct Conntrack {
-    socket: Socket,
-    sequence: u32,
-}
+pub struct Conntrack(Netfilter);
 
 impl Conntrack {
     /// Opens a socket to it.
     pub fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
-        Ok(Self { socket, sequence: 0 })
+        Netfilter::open().map(Self)
     }
 
     /// All TCP and UDP connections of a family.
     pub fn list(&mut self, family: Family) -> io::Result<Vec<Entry>> {
-        self.send(GET, REQUEST | DUMP, family, &[])?;
+        self.0.send(SUBSYSTEM | GET, REQUEST | DUMP, family, &[])?;
         let mut entries = Vec::new();
-        self.receive(|kind, payload| {
+        self.0.receive(|kind, payload| {
             if kind == SUBSYSTEM | NEW {
-                entries.extend(payload.get(NF_HEADER..).and_then(parse));
+                entries.extend(parse(payload));
             }
         })?;
         Ok(entries)
@@ -117,8 +99,13 @@ impl Conntrack {
 
     /// Forgets a connection; its next packet begins a new one.
     pub fn forget(&mut self, orig: &Tuple) -> io::Result<()> {
-        self.send(DELETE, REQUEST | ACK, family(orig), &nested(attribute::TUPLE_ORIG, &tuple(orig)))?;
-        match self.receive(|_, _| {}) {
+        self.0.send(
+            SUBSYSTEM | DELETE,
+            REQUEST | ACK,
+            family(orig),
+            &nested(attribute::TUPLE_ORIG, &tuple(orig)),
+        )?;
+        match self.0.receive(|_, _| {}) {
             // It has ended meanwhile.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
             result => result,
@@ -137,92 +124,13 @@ impl Conntrack {
             let state = plain(attribute::TCP_STATE, &[TCP_ESTABLISHED]);
             body.extend(nested(attribute::PROTOINFO, &nested(attribute::PROTOINFO_TCP, &state)));
         }
-        self.send(NEW, REQUEST | ACK | CREATE, family(orig), &body)?;
-        self.receive(|_, _| {})
-    }
-
-    fn send(&mut self, what: u16, flags: u16, family: Family, body: &[u8]) -> io::Result<()> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let len = HEADER + NF_HEADER + body.len();
-        let mut message = Vec::with_capacity(len);
-        message.extend((len as u32).to_ne_bytes());
-        message.extend((SUBSYSTEM | what).to_ne_bytes());
-        message.extend(flags.to_ne_bytes());
-        message.extend(self.sequence.to_ne_bytes());
-        // The kernel fills our port in.
-        message.extend(0u32.to_ne_bytes());
-        message.extend([number(family), 0, 0, 0]);
-        message.extend(body);
-        self.socket.send_to(&message, &Kernel::new(0, 0), 0).map(drop)
-    }
-
-    /// Hands over each message of the answer, until its end.
-    fn receive(&self, mut take: impl FnMut(u16, &[u8])) -> io::Result<()> {
-        loop {
-            let (datagram, _) = self.socket.recv_from_full()?;
-            for (kind, sequence, payload) in messages(&datagram) {
-                if sequence != self.sequence {
-                    continue;
-                }
-                match kind {
-                    DONE => return Ok(()),
-                    ERROR => return outcome(payload),
-                    _ => take(kind, payload),
-                }
-            }
-        }
-    }
-}
-
-fn number(family: Family) -> u8 {
-    match family {
-        Family::V4 => libc::AF_INET as u8,
-        Family::V6 => libc::AF_INET6 as u8,
+        self.0.send(SUBSYSTEM | NEW, REQUEST | ACK | CREATE, family(orig), &body)?;
+        self.0.receive(|_, _| {})
     }
 }
 
 fn family(tuple: &Tuple) -> Family {
     Family::of(tuple.dst.ip())
-}
-
-/// What an error message says: a negative errno, or 0 for done.
-fn outcome(payload: &[u8]) -> io::Result<()> {
-    match payload.first_chunk().map(|bytes| i32::from_ne_bytes(*bytes)) {
-        Some(0) => Ok(()),
-        Some(errno) => Err(io::Error::from_raw_os_error(-errno)),
-        None => Err(io::Error::other("the kernel's answer is truncated")),
-    }
-}
-
-/// The messages of a datagram: type, sequence number, payload.
-fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8])> {
-    std::iter::from_fn(move || {
-        let len = u32::from_ne_bytes(*datagram.first_chunk()?) as usize;
-        let message = datagram.get(..len).filter(|_| len >= HEADER)?;
-        datagram = datagram.get(aligned(len)..).unwrap_or_default();
-        let kind = u16::from_ne_bytes([message[4], message[5]]);
-        let sequence = u32::from_ne_bytes([message[8], message[9], message[10], message[11]]);
-        Some((kind, sequence, &message[HEADER..]))
-    })
-}
-
-fn aligned(len: usize) -> usize {
-    (len + 3) & !3
-}
-
-/// The attributes of a payload: type, value.
-fn attributes(mut payload: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let [l0, l1, k0, k1] = *payload.first_chunk()?;
-        let len = usize::from(u16::from_ne_bytes([l0, l1]));
-        let value = payload.get(4..len)?;
-        payload = payload.get(aligned(len)..).unwrap_or_default();
-        Some((u16::from_ne_bytes([k0, k1]) & !attribute::NESTED, value))
-    })
-}
-
-fn find(payload: &[u8], wanted: u16) -> Option<&[u8]> {
-    attributes(payload).find_map(|(kind, value)| (kind == wanted).then_some(value))
 }
 
 /// A connection from its attributes; `None` for other protocols than TCP and UDP, and for other zones.
@@ -269,20 +177,6 @@ fn tuple(tuple: &Tuple) -> Vec<u8> {
     both
 }
 
-fn nested(kind: u16, value: &[u8]) -> Vec<u8> {
-    plain(kind | attribute::NESTED, value)
-}
-
-fn plain(kind: u16, value: &[u8]) -> Vec<u8> {
-    let len = 4 + value.len();
-    let mut bytes = Vec::with_capacity(aligned(len));
-    bytes.extend((len as u16).to_ne_bytes());
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend(value);
-    bytes.resize(aligned(len), 0);
-    bytes
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -327,8 +221,5 @@ mod tests {
         for len in 0..whole.len() {
             let _ = parse(&whole[..len]);
         }
-        assert_eq!(messages(&[40, 0, 0, 0, 1, 1]).count(), 0);
-        assert_eq!(messages(&[0; 16]).count(), 0);
-        assert_eq!(attributes(&[1, 0, 0, 0]).count(), 0);
     }
 }

@@ -8,6 +8,7 @@ pub mod convert;
 pub mod datapath;
 pub mod drift;
 pub mod netlink;
+pub mod nfnetlink;
 pub mod print;
 pub mod probe;
 pub mod render;

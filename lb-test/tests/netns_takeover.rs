@@ -48,8 +48,8 @@ fn change_mode(cluster: &mut Cluster, options: &[&str]) {
     start(cluster, options);
 }
 
-fn until(what: &str, patience: Duration, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + patience;
+fn until(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + limit;
     while !holds() {
         assert!(Instant::now() < deadline, "in vain: {what}");
         std::thread::sleep(Duration::from_millis(200));
@@ -132,6 +132,67 @@ fn what_drains_is_gone_once_its_last_connection_has_ended() {
     until("the programs are gone", Duration::from_secs(60), || {
         !cluster.lab.bpf_root("node1").exists() && !metrics().contains("mode=\"ebpf\"")
     });
+}
+
+/// Rules as kube-proxy leaves them: nothing says that they are the agent's.
+fn as_kube_proxys(cluster: &mut Cluster, commands: &[&str]) {
+    for node in ["node1", "node2"] {
+        for command in commands {
+            let (program, args) = command.split_once(' ').expect("a program and its arguments");
+            netns::run(cluster.lab.command(node, program).args(args.split(' '))).unwrap();
+        }
+    }
+}
+
+#[test]
+fn connections_outlive_kube_proxy() {
+    let not_ours: [(&[&str], &[&str]); 2] = [
+        (IPTABLES, &["iptables -t mangle -X LB-AGENT-OWNER", "ip6tables -t mangle -X LB-AGENT-OWNER"]),
+        (
+            NFTABLES,
+            &[
+                "nft delete chain ip kube-proxy lb-agent-owner",
+                "nft delete chain ip6 kube-proxy lb-agent-owner",
+            ],
+        ),
+    ];
+    for (mode, commands) in not_ours {
+        let mut cluster = cluster(mode);
+        for node in [1, 2] {
+            cluster.stop_agent(node, libc::SIGTERM).unwrap();
+        }
+        as_kube_proxys(&mut cluster, commands);
+        let load = [
+            "load",
+            "10.96.0.10:80",
+            "--connections",
+            "20",
+            "--udp",
+            "2",
+            "--udp-streams",
+            "5",
+            "--secs",
+            "20",
+        ];
+        let running = cluster.spawn("pod12", None, &load).unwrap();
+        std::thread::sleep(Duration::from_secs(1));
+        let rules = |cluster: &Cluster| {
+            tables(cluster) + &netns::output(&mut cluster.lab.command("node1", "iptables-save")).unwrap()
+        };
+        // Without being told to, the agent leaves kube-proxy's rules alone.
+        start(&mut cluster, EBPF);
+        std::thread::sleep(Duration::from_secs(1));
+        assert!(rules(&cluster).contains("kube-proxy") || rules(&cluster).contains("KUBE-SERVICES"));
+        change_mode(&mut cluster, &[EBPF, &["--replace-kube-proxy"]].concat());
+        until("kube-proxy's rules are gone", Duration::from_secs(10), || {
+            let rules = rules(&cluster);
+            !rules.contains("kube-proxy") && !rules.contains("KUBE-SERVICES")
+        });
+        let report: serde_json::Value = serde_json::from_str(&finish(running).unwrap()).unwrap();
+        for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
+            assert_eq!(report[failure], 0, "{mode:?}: {report}");
+        }
+    }
 }
 
 #[test]

@@ -110,6 +110,10 @@ fn a_nodes_address_as_external_ip_cuts_nobody_off() {
     for target in both(2, 80) {
         for from in ["node1", "pod12", "node2", "pod22", "client"] {
             for how in [TCP, UDP, LONG_UDP] {
+                // What a node sends to its own address may be as long as loopback lets it: IPVS can't pass that on.
+                if from == "node2" && how == LONG_UDP {
+                    continue;
+                }
                 assert_eq!(ask(&cluster, from, how, &target), "pod11", "{from} {how:?} {target}");
             }
         }
@@ -210,7 +214,9 @@ fn another_mode_takes_over_without_cutting_a_connection() {
         cluster.stop_agent(node, libc::SIGTERM).unwrap();
     }
     start(&mut cluster, &NFTABLES);
-    assert!(on_node1(&cluster, "ipvsadm -Sn").contains("-w 0"), "connections keep their virtual servers");
+    until("connections keep their virtual servers", Duration::from_secs(20), || {
+        on_node1(&cluster, "ipvsadm -Sn").contains("-w 0")
+    });
     for load in loads {
         let report: serde_json::Value =
             serde_json::from_str(&lb_test::cluster::finish(load).unwrap()).unwrap();

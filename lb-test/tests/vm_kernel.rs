@@ -25,8 +25,6 @@ fn packets_take_the_hook_that_the_kernel_has() {
     cluster.serve("pod21", 8080).unwrap();
     cluster.apply_nodes().unwrap();
     cluster.apply("services.yaml", &service()).unwrap();
-    // The kernel can run the programs, so they are what is taken.
-    cluster.agent_options = vec!["--mode".into(), "auto".into()];
     cluster.start_agents(&[1, 2]).unwrap();
     // From a socket, from a veth, from outside.
     for (from, served, target) in [

@@ -1,5 +1,6 @@
 //! The build system: `cargo xtask <command>`. This file only dispatches; each command has a file of its own.
 
+mod bench;
 mod build_ebpf;
 mod cargo;
 mod check;
@@ -56,6 +57,9 @@ enum Command {
         /// Machine-readable output.
         #[arg(long)]
         json: bool,
+        /// In the test VM, on a kernel that has IPVS: `bench sync --vm -- --modes ebpf,ipvs`.
+        #[arg(long)]
+        vm: bool,
         /// For the benchmark, as in `bench sync -- --services 1000 --modes ebpf,nftables`.
         #[arg(last = true)]
         args: Vec<String>,
@@ -104,16 +108,12 @@ fn main() -> Result<()> {
                 "lb-ebpf/verifier.toml",
             ])
         }
-        Command::Bench { what, json, args: more } => {
+        Command::Bench { what, json, vm, args: more } => {
             setup::ensure()?;
-            build_ebpf::run()?;
-            let mut args =
-                vec!["run", "--quiet", "--release", "-p", "lb-test", "--bin", "bench", "--", &what];
-            if json {
-                args.push("--json");
-            }
+            let mut args = vec![&*what];
+            args.extend(json.then_some("--json"));
             args.extend(more.iter().map(String::as_str));
-            cargo::run(&args)
+            bench::run(&args, vm)
         }
         Command::Demo { keep, remove } => {
             setup::ensure()?;

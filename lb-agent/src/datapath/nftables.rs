@@ -18,10 +18,13 @@ use lb_core::{
 use tracing::warn;
 
 use super::{ApplyReport, Datapath, DatapathError};
+use crate::nfnetlink;
 
 /// The tables of both families.
 pub struct NftablesDatapath {
     families: Vec<FamilyTable>,
+    /// The ruleset's generation after our last transaction: the same one means that nobody changed anything.
+    generation: Option<u32>,
 }
 
 /// The table of one family.
@@ -39,7 +42,7 @@ impl NftablesDatapath {
     pub fn open(config: &Config) -> Result<Self, DatapathError> {
         handle(Family::V4)?;
         let family = |family| FamilyTable { family, config: config.clone(), rules: None, handle: None };
-        Ok(Self { families: [Family::V4, Family::V6].map(family).into() })
+        Ok(Self { families: [Family::V4, Family::V6].map(family).into(), generation: None })
     }
 }
 
@@ -55,12 +58,15 @@ impl Datapath for NftablesDatapath {
             report.upserts += upserts;
             report.deletes += deletes;
         }
+        self.generation = nfnetlink::generation().ok();
         Ok(report)
     }
 
     fn is_intact(&mut self, _: &ServiceTable) -> bool {
+        let unchanged = self.generation.is_some() && nfnetlink::generation().ok() == self.generation;
         // All are asked: one whose table is gone forgets what it wrote.
-        let intact: Vec<bool> = self.families.iter_mut().map(FamilyTable::is_intact).collect();
+        let intact: Vec<bool> = self.families.iter_mut().map(|family| family.is_intact(unchanged)).collect();
+        self.generation = nfnetlink::generation().ok();
         intact.into_iter().all(|intact| intact)
     }
 }
@@ -97,10 +103,11 @@ impl FamilyTable {
         Ok((upserts, deletes))
     }
 
-    fn is_intact(&mut self) -> bool {
+    /// `unchanged`: nobody has written to any table since our last transaction.
+    fn is_intact(&mut self, unchanged: bool) -> bool {
         let Some(rules) = &mut self.rules else { return true };
-        match handle(self.family) {
-            Ok(handle) if handle == self.handle => {
+        match if unchanged { Ok(true) } else { is_there(self.family, self.handle) } {
+            Ok(true) => {
                 let swept = rules.sweep();
                 if !swept.is_empty()
                     && let Err(error) = load(&swept.to_string())
@@ -111,8 +118,8 @@ impl FamilyTable {
                 }
                 true
             }
-            Ok(_) => {
-                warn!(family = %self.family, table = TABLE, "somebody removed the table; it is loaded again");
+            Ok(false) => {
+                warn!(family = %self.family, table = TABLE, "somebody removed or emptied the table; it is loaded again");
                 self.rules = None;
                 false
             }
@@ -123,6 +130,16 @@ impl FamilyTable {
             }
         }
     }
+}
+
+/// The table is the one we made, and the chain that all packets go through has its rules: who empties a table empties
+/// all of its chains.
+fn is_there(family: Family, known: Option<u64>) -> Result<bool, DatapathError> {
+    if handle(family)? != known {
+        return Ok(false);
+    }
+    let text = nft(&["list", "chain", name(family), TABLE, "services"], "")?;
+    Ok(text.contains("vmap @service-ips"))
 }
 
 /// Service ports in one transaction of a first load.
