@@ -2,6 +2,10 @@
 
 use std::net::SocketAddr;
 
+use lb_agent::{
+    conntrack::Tuple,
+    datapath::ebpf::{drain, foreign::Foreign},
+};
 use lb_common::outcome::Outcome::{self, *};
 use lb_core::{
     model::{
@@ -523,5 +527,65 @@ fn a_backend_that_goes_loses_its_udp_flows_and_keeps_its_tcp_ones() {
     for (protocol, backend) in [(6, 11), (17, 99)] {
         let ran = node.run(Run::NetdevIn, &following(&V4, protocol, 4500, &V4.vip(REMOTE)).build()).unwrap();
         assert_eq!((ran.counted[0].1, ran.frame[33]), (ToRemoteBackend, backend), "protocol {protocol}");
+    }
+}
+
+/// Another mode serves: known flows go on in both directions, nothing is opened, answered or refused.
+#[test]
+fn what_drains_carries_on_what_it_knows_and_nothing_else() {
+    let mut node = node();
+    for world in [V4, V6] {
+        for protocol in [6, 17] {
+            let known = opening(&world, protocol, 4001, &world.vip(REMOTE));
+            let masqueraded = source_of(&node.run(Run::NetdevIn, &known.build()).unwrap().frame);
+            drain::set(node.pins(), true).unwrap();
+            let next = following(&world, protocol, 4001, &world.vip(REMOTE));
+            let there = next
+                .clone()
+                .between(masqueraded, world.sock(world.far, 8080))
+                .macs(NODE_MAC, OTHER_MAC)
+                .ttl(62);
+            expect(&mut node, Run::NetdevIn, &next.build(), Verdict::Send, &there.build(), ToRemoteBackend);
+            for (n, run) in
+                [(REMOTE, Run::Xdp), (NEAR, Run::NetdevIn), (NONE, Run::NetdevIn), (NEAR, Run::PodIn)]
+            {
+                let new = opening(&world, protocol, 4002, &world.vip(n)).build();
+                expect(&mut node, run, &new, Verdict::Pass, &new, PassDraining);
+            }
+            let unknown = opening(&world, protocol, 4002, &world.at(&(world.vip)(NEAR), 81)).build();
+            expect(&mut node, Run::NetdevIn, &unknown, Verdict::Pass, &unknown, PassDraining);
+            drain::set(node.pins(), false).unwrap();
+            let ran = node.run(Run::NetdevIn, &opening(&world, protocol, 4002, &world.vip(REMOTE)).build());
+            assert_eq!(ran.unwrap().counted, [(Run::NetdevIn.hook(), ToRemoteBackend, 1)]);
+        }
+    }
+}
+
+/// What netfilter translates: its datagrams pass, and no new flow gets a port whose replies are netfilter's.
+#[test]
+fn flows_of_netfilter_are_left_alone() {
+    let mut node = node();
+    node.snat_ports(2000, 2).unwrap();
+    let tuple = |src: SocketAddr, dst: SocketAddr, proto| Tuple { src, dst, proto };
+    for world in [V4, V6] {
+        let vip = world.vip(REMOTE);
+        let (client, backend) = (world.sock(world.client, 4001), world.sock(world.far, 8080));
+        let mut foreign = Foreign::open(node.pins()).unwrap();
+        foreign.mark(&tuple(client, vip.parse().unwrap(), 17)).unwrap();
+        let datagram = opening(&world, 17, 4001, &vip).build();
+        for run in [Run::Xdp, Run::NetdevIn, Run::PodIn] {
+            expect(&mut node, run, &datagram, Verdict::Pass, &datagram, PassForeign);
+        }
+        for protocol in [6, 17] {
+            foreign.mark(&tuple(backend, world.sock(world.node, 2000), protocol)).unwrap();
+            let ran = node.run(Run::NetdevIn, &opening(&world, protocol, 4002, &vip).build()).unwrap();
+            assert_eq!(source_of(&ran.frame).port(), 2001);
+            let refused = opening(&world, protocol, 4003, &vip).build();
+            expect(&mut node, Run::NetdevIn, &refused, Verdict::Drop, &refused, DropSnatPorts);
+            foreign.unmark(&tuple(backend, world.sock(world.node, 2000), protocol));
+            let ran = node.run(Run::NetdevIn, &refused).unwrap();
+            assert_eq!(source_of(&ran.frame).port(), 2000);
+        }
+        foreign.unmark(&tuple(client, vip.parse().unwrap(), 17));
     }
 }

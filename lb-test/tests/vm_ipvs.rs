@@ -110,8 +110,11 @@ fn a_nodes_address_as_external_ip_cuts_nobody_off() {
     for target in both(2, 80) {
         for from in ["node1", "pod12", "node2", "pod22", "client"] {
             for how in [TCP, UDP, LONG_UDP] {
-                // What a node sends to its own address may be as long as loopback lets it: IPVS can't pass that on.
-                if from == "node2" && how == LONG_UDP {
+                // IPVS sees what a node itself sends before it is fragmented. IPv6 knows no way to allow that later, and
+                // to its own address a node sends as much at once as loopback takes (`ip_vs_xmit.c`
+                // `ensure_mtu_is_adequate`).
+                let in_one_piece = from == "node2" || from == "node1" && target.starts_with('[');
+                if in_one_piece && how == LONG_UDP {
                     continue;
                 }
                 assert_eq!(ask(&cluster, from, how, &target), "pod11", "{from} {how:?} {target}");

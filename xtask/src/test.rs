@@ -66,16 +66,19 @@ const IN_VM: [(&str, &[InVm]); 2] = [
 ];
 
 /// Tests that take minutes and repeat much of what others there show: they run if the ring is named.
-const IN_VM_IF_NAMED: [&str; 5] = [
+const IN_VM_IF_NAMED: [&str; 8] = [
+    "every_path_with_bridged_pods",
     "every_path_with_routed_pods",
     "every_path_with_iptables",
+    "every_path_with_nftables",
+    "every_path_with_ipvs",
     "another_mode_takes_over_without_cutting_a_connection",
     "connections_to_an_endpoint_that_is_gone_end_by_themselves",
     "what_somebody_clears_comes_back_and_cleanup_takes_only_ours",
 ];
 
 /// How much slower than usual the VM's clock may find us (`lb_test::patience`).
-const VM_SLOWNESS: u32 = 3;
+const VM_SLOWNESS: u32 = 5;
 
 /// For one kernel's tests. On two cores that others used as well they took 13 minutes.
 const VM_LIMIT: Duration = Duration::from_secs(40 * 60);

@@ -96,7 +96,8 @@ impl Foreign {
         connections
     }
 
-    fn mark(&mut self, mark: &Tuple) -> Result<(), DatapathError> {
+    /// Leaves these packets to netfilter.
+    pub fn mark(&mut self, mark: &Tuple) -> Result<(), DatapathError> {
         let marked = match (key::<Addr4>(mark), key::<Addr6>(mark)) {
             (Some(key), _) => self.v4.insert(key, 0, 0),
             (_, Some(key)) => self.v6.insert(key, 0, 0),
@@ -105,7 +106,8 @@ impl Foreign {
         marked.map_err(|source| map_error("update", "LB_FOREIGN", source))
     }
 
-    fn unmark(&mut self, mark: &Tuple) {
+    /// Takes them back.
+    pub fn unmark(&mut self, mark: &Tuple) {
         // It may not have fitted in.
         match (key::<Addr4>(mark), key::<Addr6>(mark)) {
             (Some(key), _) => drop(self.v4.remove(&key)),
