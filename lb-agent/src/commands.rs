@@ -110,6 +110,7 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
         nftables::remove(family)?;
     }
     nftables::remove_keepers()?;
+    iptables::remove_keepers()?;
     for (programs, removal) in &removals {
         programs.restore(&removal.to_string())?;
     }

@@ -74,8 +74,9 @@ impl Retire {
             let translated = foreign::translated(table);
             if translated == 0 {
                 nftables::remove_keepers()?;
+                iptables::remove_keepers()?;
                 self.keeper = false;
-            } else if nftables::has_keeper() {
+            } else if nftables::has_keeper() || !iptables::keepers().is_empty() {
                 left.insert("netfilter", translated);
             } else {
                 // Translations of rules that somebody still has.
@@ -115,7 +116,9 @@ impl Retire {
     fn leave_iptables(&self) -> Result<u64> {
         for (programs, removal) in iptables::removals(self.kube_proxy)? {
             info!(program = programs.name(), "the iptables rules are removed: this mode serves instead");
-            nftables::keep(programs.family);
+            if nftables::keep(programs.family).is_err() {
+                iptables::keep(programs)?;
+            }
             programs.restore(&removal.to_string())?;
         }
         Ok(0)

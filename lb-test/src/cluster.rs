@@ -33,6 +33,8 @@ pub struct Cluster {
     agents: Vec<(String, Option<Child>)>,
     /// More options for every agent.
     pub agent_options: Vec<String>,
+    /// Where agents find programs, if not where everybody does.
+    pub agent_path: Option<PathBuf>,
 }
 
 /// What a server answered, or what went wrong.
@@ -91,7 +93,8 @@ pub fn node_manifests() -> String {
 impl Cluster {
     /// A client and two nodes, each with `pods` pods named `pod<node><number>` from 1 up.
     pub fn new(cni: Cni, pods: u8) -> Result<Self> {
-        let mut cluster = Self { lab: Lab::new()?, cni, agents: Vec::new(), agent_options: Vec::new() };
+        let mut cluster =
+            Self { lab: Lab::new()?, cni, agents: Vec::new(), agent_options: Vec::new(), agent_path: None };
         cluster.build_lan()?;
         for node in [1, 2] {
             cluster.build_node(node)?;
@@ -235,12 +238,15 @@ impl Cluster {
             .args(&self.agent_options)
             .stdout(Stdio::null())
             .stderr(log);
+        if let Some(path) = &self.agent_path {
+            command.env("PATH", path);
+        }
         command.spawn().context("start lb-agent")
     }
 
     fn wait_until_healthy(&mut self, node: u8) -> Result<()> {
         let name = format!("node{node}");
-        let limit = patience(Duration::from_secs(20));
+        let limit = patience(Duration::from_secs(60));
         let deadline = Instant::now() + limit;
         loop {
             let agent = self.agents.iter_mut().find(|(known, _)| *known == name);

@@ -246,6 +246,7 @@ fn a_probe_leaves_nothing_and_auto_takes_what_it_says() {
         assert_eq!(found(what), "yes", "{what}: {said}");
     }
     assert_eq!(report["auto"], "ebpf", "{said}");
+    cluster.agent_options = vec!["--mode".into(), "auto".into()];
     cluster.start_agent(1).unwrap();
     let log = std::fs::read_to_string(cluster.agent_log(1)).unwrap();
     assert!(log.contains("mode auto") && log.contains("nftables works"), "{log}");

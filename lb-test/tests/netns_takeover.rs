@@ -13,6 +13,12 @@ const IPTABLES: &[&str] = &["--mode", "iptables", "--cluster-cidr", "10.244.0.0/
 
 /// One service on a pod of each node: a NodePort, and node 1's own addresses as externalIPs.
 fn cluster(options: &[&str]) -> Cluster {
+    let mut cluster = unstarted();
+    start(&mut cluster, options);
+    cluster
+}
+
+fn unstarted() -> Cluster {
     let mut cluster = Cluster::new(Cni::Routed, 2).expect("a cluster of namespaces");
     let pod = |node: u8| {
         format!(
@@ -32,7 +38,6 @@ fn cluster(options: &[&str]) -> Cluster {
         node_ip6(1)
     );
     cluster.apply("services.yaml", &[pod(1), pod(2), service].concat()).unwrap();
-    start(&mut cluster, options);
     cluster
 }
 
@@ -193,6 +198,46 @@ fn connections_outlive_kube_proxy() {
             assert_eq!(report[failure], 0, "{mode:?}: {report}");
         }
     }
+}
+
+/// A machine with iptables-legacy alone: there is no nft to keep its connections.
+#[test]
+fn connections_outlive_iptables_where_there_is_no_nft() {
+    let mut cluster = unstarted();
+    let path = cluster.lab.dir().join("path");
+    std::fs::create_dir(&path).unwrap();
+    for (name, program) in [("iptables", "xtables-legacy-multi"), ("ip6tables", "xtables-legacy-multi")] {
+        for part in ["", "-save", "-restore"] {
+            std::os::unix::fs::symlink(format!("/usr/sbin/{program}"), path.join(format!("{name}{part}")))
+                .unwrap();
+        }
+    }
+    for program in ["/usr/bin/nsenter", "/usr/sbin/ip"] {
+        let name = std::path::Path::new(program).file_name().unwrap();
+        std::os::unix::fs::symlink(program, path.join(name)).unwrap();
+    }
+    cluster.agent_path = Some(path);
+    start(&mut cluster, IPTABLES);
+    let load =
+        ["load", "10.96.0.10:80", "--connections", "10", "--udp", "2", "--udp-streams", "3", "--secs", "15"];
+    let running = cluster.spawn("pod12", None, &load).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    let nat = |cluster: &Cluster| {
+        netns::output(cluster.lab.command("node1", "iptables-legacy-save").args(["-t", "nat"])).unwrap()
+    };
+    assert!(nat(&cluster).contains("KUBE-SERVICES"));
+    change_mode(&mut cluster, EBPF);
+    until("the rules are gone and their connections are kept", Duration::from_secs(10), || {
+        let nat = nat(&cluster);
+        !nat.contains("KUBE-SERVICES") && nat.contains("LB-AGENT-DRAIN")
+    });
+    let report: serde_json::Value = serde_json::from_str(&finish(running).unwrap()).unwrap();
+    for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
+        assert_eq!(report[failure], 0, "{report}");
+    }
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    cluster.agent(1, &["cleanup"]).unwrap();
+    assert!(!nat(&cluster).contains("LB-AGENT-DRAIN"));
 }
 
 #[test]

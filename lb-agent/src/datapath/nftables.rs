@@ -248,9 +248,9 @@ pub fn retire(family: Family) -> Result<(), DatapathError> {
     load(&(keeper(family) + &removal(family)))
 }
 
-/// Keeps translated connections. Without nft there are iptables' own tables, which stay when their rules go.
-pub fn keep(family: Family) {
-    let _ = load(&keeper(family));
+/// Keeps translated connections.
+pub fn keep(family: Family) -> Result<(), DatapathError> {
+    load(&keeper(family))
 }
 
 fn keepers() -> impl Iterator<Item = Family> {

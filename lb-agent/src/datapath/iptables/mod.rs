@@ -180,6 +180,40 @@ impl FamilyRules {
     }
 }
 
+/// Holds conntrack when rules are gone, where there is no nft for [`super::nftables::keep`]: a chain that nobody calls,
+/// with a rule that looks at conntrack. The table holds NAT as long as the machine runs.
+const KEEPER: &str = "LB-AGENT-DRAIN";
+
+/// Keeps translated connections.
+pub fn keep(programs: Programs) -> Result<(), DatapathError> {
+    programs.restore(&format!(
+        "*nat\n:{KEEPER} - [0:0]\n-A {KEEPER} -m conntrack --ctstate ESTABLISHED -j RETURN\nCOMMIT\n"
+    ))
+}
+
+/// Where connections are kept.
+pub fn keepers() -> Vec<Programs> {
+    let variants = [Variant::Nft, Variant::Legacy, Variant::Plain].into_iter();
+    let all =
+        variants.flat_map(|variant| [Family::V4, Family::V6].map(|family| Programs { variant, family }));
+    let has_keeper = |programs: &Programs| {
+        programs.save(Some(Table::Nat)).is_ok_and(|text| text.contains(&format!(":{KEEPER} ")))
+    };
+    all.filter(has_keeper).collect()
+}
+
+/// Ends the keeping of connections.
+pub fn remove_keepers() -> Result<(), DatapathError> {
+    let removal = format!("*nat\n:{KEEPER} - [0:0]\n-X {KEEPER}\nCOMMIT\n");
+    for programs in keepers() {
+        // The last of the variants is one of the others: it may be gone already.
+        if programs.list(Table::Nat, KEEPER).is_some_and(|rules| !rules.is_empty()) {
+            programs.restore(&removal)?;
+        }
+    }
+    Ok(())
+}
+
 /// What removes the rules of this machine, by program. Without `all` only those that our agent wrote; with it
 /// kube-proxy's too, which have the same names. A kubelet's chains stay.
 pub fn removals(all: bool) -> Result<Vec<(Programs, Transaction)>, DatapathError> {
