@@ -128,7 +128,7 @@ impl Oracle<'_> {
             Dialect::Iptables | Dialect::Nftables => {
                 self.kube_proxy_masquerades(flow, client, dialled, backend)
             }
-            Dialect::Ipvs => self.ipvs_masquerades(flow, dialled, backend),
+            Dialect::Ipvs => self.ipvs_masquerades(flow, dialled, endpoints, backend),
         }
     }
 
@@ -166,9 +166,16 @@ impl Oracle<'_> {
 
     /// IPVS: as iptables, but policy Local masquerades only a node that dials an address that is bound: its source would be
     /// that address, which the endpoint's own node has, too. And without a range of pods a node that dials a
-    /// ClusterIP is masqueraded all the same, because its source is that very address.
-    fn ipvs_masquerades(&self, flow: &Flow, dialled: &Dialled<'_>, backend: SocketAddr) -> bool {
-        let hairpin = backend.ip() == flow.source;
+    /// ClusterIP is masqueraded all the same, because its source is that very address. Of those who dial themselves it
+    /// knows this node's only (kube-proxy `ipvs/proxier.go`, KUBE-LOOP-BACK).
+    fn ipvs_masquerades(
+        &self,
+        flow: &Flow,
+        dialled: &Dialled<'_>,
+        endpoints: &Endpoints<'_>,
+        backend: SocketAddr,
+    ) -> bool {
+        let hairpin = backend.ip() == flow.source && endpoints.here(&backend);
         let from_vip = flow.origin == Origin::Node && self.pods_range(flow).is_none();
         hairpin
             || match (dialled.via, dialled.service.external_policy) {
