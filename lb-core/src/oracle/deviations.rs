@@ -83,9 +83,14 @@ impl Oracle<'_> {
         }
     }
 
-    /// netfilter rules restrict sources only where there is an endpoint; eBPF and IPVS always.
-    pub(super) fn asks_ranges_first(&self) -> bool {
-        matches!(self.dialect, Dialect::Ebpf | Dialect::Ipvs)
+    /// netfilter rules restrict sources only where there is an endpoint; eBPF always. IPVS has what comes in filtered
+    /// before it looks for an endpoint, and what the node sends itself after that (`ip_vs_core.c` `ip_vs_ops4`).
+    pub(super) fn asks_ranges_first(&self, flow: &Flow) -> bool {
+        match self.dialect {
+            Dialect::Ebpf => true,
+            Dialect::Ipvs => flow.origin != Origin::Node,
+            Dialect::Iptables | Dialect::Nftables => false,
+        }
     }
 
     /// netfilter sees which source routing chose for a process of the node. A socket call has none yet, and in IPVS it

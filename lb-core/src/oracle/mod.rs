@@ -125,7 +125,7 @@ impl Oracle<'_> {
         let family = Family::of(flow.dst);
         let slices = self.cluster.slices(dialled.service);
         let endpoints = Endpoints::of(dialled.port, family, &slices, self.node, self.zone());
-        if self.is_shut_out(flow, dialled) && (endpoints.any() || self.asks_ranges_first()) {
+        if self.is_shut_out(flow, dialled) && (endpoints.any() || self.asks_ranges_first(flow)) {
             return Answer::Drop;
         }
         if !endpoints.any() {
