@@ -113,9 +113,22 @@ impl Oracle<'_> {
         self.dialect == Dialect::Ipvs
     }
 
-    /// IPVS: policy Local without endpoints here uses those elsewhere (kube-proxy `ipvs/proxier.go` `syncEndpoint`).
-    pub(super) fn falls_back_to_cluster(&self) -> bool {
-        self.dialect == Dialect::Ipvs
+    /// IPVS: policy Local without endpoints here uses those elsewhere (kube-proxy `ipvs/proxier.go` `syncEndpoint`), if
+    /// the service port uses such at all: a ClusterIP of policy Local alone doesn't (`serviceport.go`
+    /// `UsesClusterEndpoints`).
+    pub(super) fn falls_back_to_cluster(&self, flow: &Flow, dialled: &Dialled<'_>) -> bool {
+        let Dialled { service, port, .. } = dialled;
+        let of_family = |addr: &IpAddr| Family::of(*addr) == Family::of(flow.dst);
+        let external = service.external_ips.iter().chain(&service.load_balancer_ips);
+        let from_outside =
+            port.node_port != 0 || external.copied().any(|addr| of_family(&addr) && is_dialable(addr));
+        self.dialect == Dialect::Ipvs && (service.internal_policy == TrafficPolicy::Cluster || from_outside)
+    }
+
+    /// Endpoints, but none that the policy lets this node use: kube-proxy drops, for they may come. An IPVS virtual server
+    /// without destinations refuses, whatever the reason.
+    pub(super) fn without_usable_endpoints(&self) -> Answer {
+        if self.dialect == Dialect::Ipvs { Answer::Reject } else { Answer::Drop }
     }
 
     pub(super) fn is_masqueraded(

@@ -135,11 +135,11 @@ impl Oracle<'_> {
             TrafficPolicy::Cluster => endpoints.cluster(),
             TrafficPolicy::Local => endpoints.local(),
         };
-        if list.is_empty() && self.falls_back_to_cluster() {
+        if list.is_empty() && self.falls_back_to_cluster(flow, dialled) {
             list = endpoints.cluster();
         }
         if list.is_empty() {
-            return Answer::Drop;
+            return self.without_usable_endpoints();
         }
         let source =
             |backend: SocketAddr| match self.is_masqueraded(flow, client, dialled, &endpoints, backend) {
