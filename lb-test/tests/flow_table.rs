@@ -58,3 +58,13 @@ fn nftables_rules_give_every_answer() {
         rules.and_then(|rules| rules.trace(flow)).unwrap_or_else(|error| panic!("{error}"))
     });
 }
+
+#[test]
+fn ipvs_with_its_rules_gives_every_answer() {
+    let paper = paper("ipvs");
+    let config = paper.rules_config();
+    check(&paper, "servers and rules", Dialect::Ipvs, |node, flow| {
+        let servers = trace::Ipvs::new(&node.table, &node.view, &config);
+        servers.trace(flow).unwrap_or_else(|error| panic!("{error}"))
+    });
+}

@@ -79,7 +79,8 @@ fn resolve_port(
         protocol: port.protocol,
         family,
     };
-    let externally_accessible = addrs.iter().any(|(_, _, kind)| *kind != FrontendKind::ClusterIp);
+    let externally_accessible =
+        port.node_port != 0 || addrs.iter().any(|(_, _, kind)| *kind != FrontendKind::ClusterIp);
     let found = endpoints::categorize(service, port, family, slices, node, externally_accessible);
     let scope = |policy: TrafficPolicy, masquerade| Scope {
         list: match policy {

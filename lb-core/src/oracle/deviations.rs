@@ -83,9 +83,14 @@ impl Oracle<'_> {
         }
     }
 
-    /// netfilter rules restrict sources only where there is an endpoint; eBPF and IPVS always.
-    pub(super) fn asks_ranges_first(&self) -> bool {
-        matches!(self.dialect, Dialect::Ebpf | Dialect::Ipvs)
+    /// netfilter rules restrict sources only where there is an endpoint; eBPF always. IPVS has what comes in filtered
+    /// before it looks for an endpoint, and what the node sends itself after that (`ip_vs_core.c` `ip_vs_ops4`).
+    pub(super) fn asks_ranges_first(&self, flow: &Flow) -> bool {
+        match self.dialect {
+            Dialect::Ebpf => true,
+            Dialect::Ipvs => flow.origin != Origin::Node,
+            Dialect::Iptables | Dialect::Nftables => false,
+        }
     }
 
     /// netfilter sees which source routing chose for a process of the node. A socket call has none yet, and in IPVS it
@@ -108,9 +113,22 @@ impl Oracle<'_> {
         self.dialect == Dialect::Ipvs
     }
 
-    /// IPVS: policy Local without endpoints here uses those elsewhere (kube-proxy `ipvs/proxier.go` `syncEndpoint`).
-    pub(super) fn falls_back_to_cluster(&self) -> bool {
-        self.dialect == Dialect::Ipvs
+    /// IPVS: policy Local without endpoints here uses those elsewhere (kube-proxy `ipvs/proxier.go` `syncEndpoint`), if
+    /// the service port uses such at all: a ClusterIP of policy Local alone doesn't (`serviceport.go`
+    /// `UsesClusterEndpoints`).
+    pub(super) fn falls_back_to_cluster(&self, flow: &Flow, dialled: &Dialled<'_>) -> bool {
+        let Dialled { service, port, .. } = dialled;
+        let of_family = |addr: &IpAddr| Family::of(*addr) == Family::of(flow.dst);
+        let external = service.external_ips.iter().chain(&service.load_balancer_ips);
+        let from_outside =
+            port.node_port != 0 || external.copied().any(|addr| of_family(&addr) && is_dialable(addr));
+        self.dialect == Dialect::Ipvs && (service.internal_policy == TrafficPolicy::Cluster || from_outside)
+    }
+
+    /// Endpoints, but none that the policy lets this node use: kube-proxy drops, for they may come. An IPVS virtual server
+    /// without destinations refuses, whatever the reason.
+    pub(super) fn without_usable_endpoints(&self) -> Answer {
+        if self.dialect == Dialect::Ipvs { Answer::Reject } else { Answer::Drop }
     }
 
     pub(super) fn is_masqueraded(
@@ -128,7 +146,7 @@ impl Oracle<'_> {
             Dialect::Iptables | Dialect::Nftables => {
                 self.kube_proxy_masquerades(flow, client, dialled, backend)
             }
-            Dialect::Ipvs => self.ipvs_masquerades(flow, dialled, backend),
+            Dialect::Ipvs => self.ipvs_masquerades(flow, dialled, endpoints, backend),
         }
     }
 
@@ -166,9 +184,16 @@ impl Oracle<'_> {
 
     /// IPVS: as iptables, but policy Local masquerades only a node that dials an address that is bound: its source would be
     /// that address, which the endpoint's own node has, too. And without a range of pods a node that dials a
-    /// ClusterIP is masqueraded all the same, because its source is that very address.
-    fn ipvs_masquerades(&self, flow: &Flow, dialled: &Dialled<'_>, backend: SocketAddr) -> bool {
-        let hairpin = backend.ip() == flow.source;
+    /// ClusterIP is masqueraded all the same, because its source is that very address. Of those who dial themselves it
+    /// knows this node's only (kube-proxy `ipvs/proxier.go`, KUBE-LOOP-BACK).
+    fn ipvs_masquerades(
+        &self,
+        flow: &Flow,
+        dialled: &Dialled<'_>,
+        endpoints: &Endpoints<'_>,
+        backend: SocketAddr,
+    ) -> bool {
+        let hairpin = backend.ip() == flow.source && endpoints.here(&backend);
         let from_vip = flow.origin == Origin::Node && self.pods_range(flow).is_none();
         hairpin
             || match (dialled.via, dialled.service.external_policy) {

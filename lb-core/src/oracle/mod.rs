@@ -125,7 +125,7 @@ impl Oracle<'_> {
         let family = Family::of(flow.dst);
         let slices = self.cluster.slices(dialled.service);
         let endpoints = Endpoints::of(dialled.port, family, &slices, self.node, self.zone());
-        if self.is_shut_out(flow, dialled) && (endpoints.any() || self.asks_ranges_first()) {
+        if self.is_shut_out(flow, dialled) && (endpoints.any() || self.asks_ranges_first(flow)) {
             return Answer::Drop;
         }
         if !endpoints.any() {
@@ -135,11 +135,11 @@ impl Oracle<'_> {
             TrafficPolicy::Cluster => endpoints.cluster(),
             TrafficPolicy::Local => endpoints.local(),
         };
-        if list.is_empty() && self.falls_back_to_cluster() {
+        if list.is_empty() && self.falls_back_to_cluster(flow, dialled) {
             list = endpoints.cluster();
         }
         if list.is_empty() {
-            return Answer::Drop;
+            return self.without_usable_endpoints();
         }
         let source =
             |backend: SocketAddr| match self.is_masqueraded(flow, client, dialled, &endpoints, backend) {

@@ -100,3 +100,12 @@ fn nftables_rules_do_what_the_reference_says() {
         |rules, flow| rules.trace(flow).unwrap_or_else(|error| panic!("{error}")),
     );
 }
+
+#[test]
+fn ipvs_with_its_rules_does_what_the_reference_says() {
+    compare(
+        Dialect::Ipvs,
+        |scene, table| trace::Ipvs::new(&table, &scene.node, &scene.rules_config()),
+        |servers, flow| servers.trace(flow).unwrap_or_else(|error| panic!("{error}")),
+    );
+}

@@ -71,7 +71,8 @@ const EXTERNAL: [&str; 7] = [
     "127.0.0.1",
     "169.254.0.1",
 ];
-const LOAD_BALANCER: [&str; 4] = ["198.51.100.1", "198.51.100.3", "10.0.0.11", "2001:db8:ffff::3"];
+const LOAD_BALANCER: [&str; 5] =
+    ["198.51.100.1", "198.51.100.3", "10.0.0.11", "192.0.2.12", "2001:db8:ffff::3"];
 const SOURCE_RANGES: [&str; 5] =
     ["203.0.113.0/24", "192.0.2.0/24", "10.244.1.11/32", "2001:db8::/32", "0.0.0.0/0"];
 const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];

@@ -62,15 +62,16 @@ pub fn jumps() -> Vec<(Table, &'static str, Rule)> {
     ]
 }
 
-/// The rules of one service port: this node is no allowed source of its load-balancer IPs. A connection of the node's
-/// own to an address that is bound here has that address as its source.
+/// The rules of one service port: this node is no allowed source of its load-balancer IPs. kube-proxy looks for the
+/// address itself as the source, as the node's own connection to an address that is bound here has it; but addresses of
+/// nodes aren't bound.
 pub(in crate::rules) fn of_service(port: &Facts<'_>) -> ServiceRules {
     let mut rules = ServiceRules::default();
     for (addr, frontend) in port.of_kind(FrontendKind::LoadBalancer) {
         if frontend.source_ranges.is_empty() || frontend.source_ranges_allow_host {
             continue;
         }
-        let matches = vec![Match::Src(Net::Addr(addr.addr)), Match::VirtualServer(*addr)];
+        let matches = vec![Match::SrcLocal, Match::VirtualServer(*addr)];
         let drop = rule(matches, Target::Drop);
         rules.shared.push((Table::Filter, names::IPVS_OUT_FILTER, drop));
     }

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{End, Hook, Hooked, MAX_DEPTH, Packet, TraceError, trace};
+use super::{End, Hook, Hooked, MAX_DEPTH, Packet, TraceError, ipvs, trace};
 use crate::{
     compile::NodeView,
     flow::{Answer, Flow},
@@ -15,6 +15,7 @@ use crate::{
         Match, Net, Rule, Target,
         facts::Owners,
         iptables::{self, Chain, Config, Table},
+        ipvs::State,
     },
     table::{Changes, ServiceTable},
 };
@@ -42,13 +43,13 @@ impl Iptables {
     ///
     /// If the rules can't be followed, or end in different ways by chance.
     pub fn trace(&self, flow: &Flow) -> Result<Answer, TraceError> {
-        let rules = Rules { chains: &self.chains[&Family::of(flow.dst)], own: &self.own };
+        let rules = Rules { chains: &self.chains[&Family::of(flow.dst)], own: &self.own, sets: None };
         trace(&rules, flow)
     }
 }
 
 /// As the kernel holds them: rules of services, then those at the end, and jumps from the kernel's chains.
-fn chains(table: &ServiceTable, family: Family, config: &Config) -> BTreeMap<Chain, Vec<Rule>> {
+pub(super) fn chains(table: &ServiceTable, family: Family, config: &Config) -> BTreeMap<Chain, Vec<Rule>> {
     let mut chains: BTreeMap<Chain, Vec<Rule>> = BTreeMap::new();
     let mut owners = Owners::default();
     for id in owners.learn(table, &Changes::all(table), family) {
@@ -72,9 +73,13 @@ fn chains(table: &ServiceTable, family: Family, config: &Config) -> BTreeMap<Cha
     chains
 }
 
-struct Rules<'a> {
-    chains: &'a BTreeMap<Chain, Vec<Rule>>,
-    own: &'a BTreeSet<IpAddr>,
+/// Chains, and what their rules ask.
+pub(super) struct Rules<'a> {
+    pub(super) chains: &'a BTreeMap<Chain, Vec<Rule>>,
+    /// Addresses that are local.
+    pub(super) own: &'a BTreeSet<IpAddr>,
+    /// Whose elements are in the sets; rules that translate by themselves have none.
+    pub(super) sets: Option<&'a State>,
 }
 
 impl Hooked for Rules<'_> {
@@ -87,6 +92,35 @@ impl Hooked for Rules<'_> {
             Hook::Output => ("OUTPUT", &[Table::Mangle, Table::Nat, Table::Filter]),
             Hook::Postrouting => ("POSTROUTING", &[Table::Mangle, Table::Nat]),
         };
+        self.tables(chain, tables, packet)
+    }
+
+    fn takes_in(&self, packet: &Packet) -> bool {
+        self.is_own(packet.dst)
+    }
+}
+
+/// Whether a rule is for a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hit {
+    Yes,
+    No,
+    /// By chance, or by what came before.
+    Perhaps,
+}
+
+impl Rules<'_> {
+    pub(super) fn is_own(&self, addr: IpAddr) -> bool {
+        self.own.contains(&addr) || addr.is_loopback()
+    }
+
+    /// All ways out of one of the kernel's chains, table by table.
+    pub(super) fn tables(
+        &self,
+        chain: &str,
+        tables: &[Table],
+        packet: Packet,
+    ) -> Result<Vec<(End, Packet)>, TraceError> {
         let mut ways = vec![(End::Through, packet)];
         for table in tables {
             let Some(rules) = self.chains.get(&(*table, chain.into())) else { continue };
@@ -102,21 +136,6 @@ impl Hooked for Rules<'_> {
         Ok(ways)
     }
 
-    fn is_own(&self, addr: IpAddr) -> bool {
-        self.own.contains(&addr) || addr.is_loopback()
-    }
-}
-
-/// Whether a rule is for a packet.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Hit {
-    Yes,
-    No,
-    /// By chance, or by what came before.
-    Perhaps,
-}
-
-impl Rules<'_> {
     fn walk(
         &self,
         table: Table,
@@ -129,7 +148,7 @@ impl Rules<'_> {
         for rule in rules {
             let mut next = Vec::new();
             for packet in live {
-                let hit = self.hit(rule, &packet);
+                let hit = self.hit(rule, &packet)?;
                 if hit != Hit::Yes {
                     next.push(packet);
                 }
@@ -197,18 +216,19 @@ impl Rules<'_> {
         rules.map(Vec::as_slice).ok_or_else(|| TraceError::NoChain(full()))
     }
 
-    fn hit(&self, rule: &Rule, packet: &Packet) -> Hit {
-        let hits: Vec<Hit> = rule.matches.iter().map(|one| self.holds(one, packet)).collect();
-        if hits.contains(&Hit::No) {
+    fn hit(&self, rule: &Rule, packet: &Packet) -> Result<Hit, TraceError> {
+        let hits = rule.matches.iter().map(|one| self.holds(one, packet));
+        let hits = hits.collect::<Result<Vec<Hit>, _>>()?;
+        Ok(if hits.contains(&Hit::No) {
             Hit::No
         } else if hits.contains(&Hit::Perhaps) {
             Hit::Perhaps
         } else {
             Hit::Yes
-        }
+        })
     }
 
-    fn holds(&self, one: &Match, packet: &Packet) -> Hit {
+    fn holds(&self, one: &Match, packet: &Packet) -> Result<Hit, TraceError> {
         let holds = match one {
             Match::Comment(_) | Match::RememberSource(_) => true,
             Match::Protocol(protocol) => *protocol == packet.protocol,
@@ -225,11 +245,14 @@ impl Rules<'_> {
             Match::NotMark(value, mask) => packet.mark & mask != *value,
             Match::CtState(states) => is_in_state(packet, states),
             Match::NotCtState(states) => !is_in_state(packet, states),
-            // Rules that translate by themselves ask no sets and know no virtual servers.
-            Match::InSet(..) | Match::VirtualServer(_) => false,
-            Match::OneOf(_) | Match::RecentlySeen(..) => return Hit::Perhaps,
+            Match::InSet(set, parts) => match self.sets {
+                Some(state) => ipvs::is_in_set(state, set, parts, packet)?,
+                None => return Err(TraceError::NoSet(set.to_string())),
+            },
+            Match::VirtualServer(server) => packet.server == Some(*server),
+            Match::OneOf(_) | Match::RecentlySeen(..) => return Ok(Hit::Perhaps),
         };
-        if holds { Hit::Yes } else { Hit::No }
+        Ok(if holds { Hit::Yes } else { Hit::No })
     }
 }
 

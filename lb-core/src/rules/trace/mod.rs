@@ -5,6 +5,7 @@
 //! both ways are followed: the answer holds every backend that can be reached.
 
 mod iptables;
+mod ipvs;
 mod nft_syntax;
 mod nftables;
 #[cfg(test)]
@@ -16,11 +17,13 @@ use std::{
 };
 
 pub use iptables::Iptables;
+pub use ipvs::Ipvs;
 pub use nftables::Nftables;
 
 use crate::{
     flow::{Answer, Flow, Origin, Source},
     model::Protocol,
+    table::FrontendAddr,
 };
 
 /// Rules that can't be followed, or that contradict themselves.
@@ -65,6 +68,8 @@ struct Packet {
     masqueraded: bool,
     /// It entered through a port of a bridge: pods are taken to be bridged.
     from_bridge_port: bool,
+    /// The virtual server that it was sent to.
+    server: Option<FrontendAddr>,
 }
 
 impl Packet {
@@ -78,6 +83,7 @@ impl Packet {
             translated: false,
             masqueraded: false,
             from_bridge_port: matches!(flow.origin, Origin::Pod | Origin::PodSocket),
+            server: None,
         }
     }
 
@@ -108,11 +114,16 @@ enum Hook {
 
 /// Hooks that rules stand at.
 trait Hooked {
+    /// The flow's first packet.
+    fn sent(&self, flow: &Flow) -> Packet {
+        Packet::of(flow)
+    }
+
     /// All ways out of a hook.
     fn pass(&self, hook: Hook, packet: Packet) -> Result<Vec<(End, Packet)>, TraceError>;
 
-    /// An address that the node takes packets in for.
-    fn is_own(&self, addr: IpAddr) -> bool;
+    /// The node takes the packet in, rather than sending it on.
+    fn takes_in(&self, packet: &Packet) -> bool;
 }
 
 /// One flow through all hooks.
@@ -123,7 +134,7 @@ fn trace(rules: &impl Hooked, flow: &Flow) -> Result<Answer, TraceError> {
     }
     let first = if flow.origin == Origin::Node { Hook::Output } else { Hook::Prerouting };
     let mut answers = Vec::new();
-    for (end, packet) in rules.pass(first, Packet::of(flow))? {
+    for (end, packet) in rules.pass(first, rules.sent(flow))? {
         match end {
             End::Drop => answers.push(Answer::Drop),
             End::Reject => answers.push(Answer::Reject),
@@ -140,14 +151,37 @@ fn finish(
     packet: Packet,
     answers: &mut Vec<Answer>,
 ) -> Result<(), TraceError> {
-    let hooks: &[Hook] = match (flow.origin, rules.is_own(packet.dst)) {
+    let hooks: &[Hook] = match (flow.origin, rules.takes_in(&packet)) {
         // By way of the loopback device. Destinations are not translated twice.
         (Origin::Node, true) => &[Hook::Postrouting, Hook::Input],
         (Origin::Node, false) => &[Hook::Postrouting],
         (_, true) => &[Hook::Input],
         (_, false) => &[Hook::Forward, Hook::Postrouting],
     };
-    let mut live = vec![packet];
+    let mut live = through(rules, hooks, vec![packet], answers)?;
+    if hooks == [Hook::Input] {
+        // What was translated only here goes on to where it is meant for.
+        let (stays, leaves) = live.into_iter().partition(|packet| rules.takes_in(packet));
+        live = stays;
+        live.extend(through(rules, &[Hook::Postrouting], leaves, answers)?);
+    }
+    answers.extend(live.into_iter().map(|packet| match packet.translated {
+        true => {
+            let source = if packet.masqueraded { Source::Masqueraded } else { Source::Kept };
+            Answer::Serve([(SocketAddr::new(packet.dst, packet.port), source)].into())
+        }
+        false => Answer::Pass,
+    }));
+    Ok(())
+}
+
+/// Packets through hooks, one after the other; what ends there is an answer.
+fn through(
+    rules: &impl Hooked,
+    hooks: &[Hook],
+    mut live: Vec<Packet>,
+    answers: &mut Vec<Answer>,
+) -> Result<Vec<Packet>, TraceError> {
     for hook in hooks {
         let mut next = Vec::new();
         for packet in live {
@@ -161,14 +195,7 @@ fn finish(
         }
         live = next;
     }
-    answers.extend(live.into_iter().map(|packet| match packet.translated {
-        true => {
-            let source = if packet.masqueraded { Source::Masqueraded } else { Source::Kept };
-            Answer::Serve([(SocketAddr::new(packet.dst, packet.port), source)].into())
-        }
-        false => Answer::Pass,
-    }));
-    Ok(())
+    Ok(live)
 }
 
 /// All ways as one answer.

@@ -80,8 +80,8 @@ impl Hooked for Rules<'_> {
         Ok(ways)
     }
 
-    fn is_own(&self, addr: IpAddr) -> bool {
-        self.own.contains(&addr) || addr.is_loopback()
+    fn takes_in(&self, packet: &Packet) -> bool {
+        self.is_own(packet.dst)
     }
 }
 
@@ -96,6 +96,10 @@ enum Step {
 }
 
 impl Rules<'_> {
+    fn is_own(&self, addr: IpAddr) -> bool {
+        self.own.contains(&addr) || addr.is_loopback()
+    }
+
     fn walk(
         &self,
         rules: &[Vec<Statement>],
