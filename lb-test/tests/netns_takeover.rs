@@ -212,7 +212,7 @@ fn connections_outlive_iptables_where_there_is_no_nft() {
                 .unwrap();
         }
     }
-    for program in ["/usr/bin/nsenter", "/usr/sbin/ip"] {
+    for program in ["/bin/sh", "/usr/bin/nsenter", "/usr/sbin/ip"] {
         let name = std::path::Path::new(program).file_name().unwrap();
         std::os::unix::fs::symlink(program, path.join(name)).unwrap();
     }
