@@ -210,6 +210,10 @@ pub struct CleanupArgs {
     /// whoever serves instead. Interrupted, they go on like that.
     #[arg(long, conflicts_with = "dry_run")]
     pub drain: bool,
+    /// Where a kube-proxy of this node serves metrics. The rules of one that runs are left, though an agent wrote them
+    /// first: they have the same names.
+    #[arg(long, default_value = "127.0.0.1:10249")]
+    pub kube_proxy_metrics: SocketAddr,
 }
 
 /// Options of `render`.

@@ -12,7 +12,9 @@ use crate::{
         ebpf::{attach, drain, inspect, maps::Pins},
         iptables, ipvs, nftables,
     },
-    drift, print,
+    drift,
+    kube_proxy::{self, Serves},
+    print,
     probe::{self, Facts},
     render, run,
 };
@@ -82,9 +84,27 @@ fn status(pins: &Pins, output: Output) -> Result<()> {
 }
 
 fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
-    let removals = iptables::removals(options.kube_proxy)?;
-    let tables = nftables::removals(options.kube_proxy);
-    let servers = ipvs::removals(options.kube_proxy)?;
+    let successor = match options.kube_proxy {
+        true => None,
+        false => kube_proxy::serves(options.kube_proxy_metrics),
+    };
+    let (removals, servers) = match successor {
+        Some(Serves::Xtables) => Default::default(),
+        _ => (iptables::removals(options.kube_proxy)?, ipvs::removals(options.kube_proxy)?),
+    };
+    let tables = match successor {
+        Some(Serves::Nftables) => Vec::new(),
+        _ => nftables::removals(options.kube_proxy),
+    };
+    if let Some(serves) = successor {
+        eprintln!(
+            "kube-proxy runs on this node: its {} are left. To remove them, end it first",
+            match serves {
+                Serves::Xtables => "iptables rules and IPVS servers",
+                Serves::Nftables => "nftables tables",
+            }
+        );
+    }
     if options.dry_run {
         if pins.dir().is_dir() {
             println!("programs, links and maps pinned under {}", pins.dir().display());

@@ -7,6 +7,7 @@ pub mod conntrack;
 pub mod convert;
 pub mod datapath;
 pub mod drift;
+pub mod kube_proxy;
 pub mod netlink;
 pub mod nfnetlink;
 pub mod print;

@@ -151,7 +151,7 @@ impl Lab {
     }
 
     /// Runs on a thread of its own, inside a namespace.
-    fn inside<T: Send>(&self, ns: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    pub fn inside<T: Send>(&self, ns: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let ns = fs::File::open(format!("/run/netns/{}", self.ns(ns))).context("open the namespace")?;
         let enter = || {
             // SAFETY: moves this thread alone, into a namespace that lives as long as the lab.

@@ -1,6 +1,10 @@
 //! Connections outlive a change of mode: the new one takes what is new, the old one carries its own to their end.
 
-use std::time::{Duration, Instant};
+use std::{
+    io::{BufRead, BufReader, Write},
+    net::TcpListener,
+    time::{Duration, Instant},
+};
 
 use lb_test::{
     cluster::{Cluster, Cni, finish, node_ip, node_ip6, pod_ip, pod_ip6},
@@ -252,4 +256,25 @@ fn cleanup_can_wait_for_connections() {
     let report: serde_json::Value = serde_json::from_str(&finish(running).unwrap()).unwrap();
     assert_eq!((&report["resets"], &report["timeouts"], &report["wrong"]), (&0.into(), &0.into(), &0.into()));
     assert!(report["requests"].as_u64().unwrap() > 300, "{report}");
+}
+
+/// A kube-proxy that comes back writes rules of the same names: what an agent wrote first is its own then.
+#[test]
+fn rules_that_kube_proxy_took_back_are_left() {
+    let mut cluster = cluster(IPTABLES);
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    let rules =
+        |cluster: &Cluster| netns::output(&mut cluster.lab.command("node1", "iptables-save")).unwrap();
+    let metrics = cluster.lab.inside("node1", || Ok(TcpListener::bind("127.0.0.1:10249")?)).unwrap();
+    let kube_proxy = std::thread::spawn(move || {
+        let (mut asking, _) = metrics.accept().unwrap();
+        let lines = BufReader::new(asking.try_clone().unwrap()).lines();
+        assert_eq!(lines.map_while(Result::ok).next().unwrap(), "GET /proxyMode HTTP/1.0");
+        asking.write_all(b"HTTP/1.0 200 OK\r\n\r\niptables").unwrap();
+    });
+    cluster.agent(1, &["cleanup"]).unwrap();
+    assert!(rules(&cluster).contains("KUBE-SERVICES"));
+    kube_proxy.join().unwrap();
+    cluster.agent(1, &["cleanup"]).unwrap();
+    assert!(!rules(&cluster).contains("KUBE-SERVICES"));
 }
