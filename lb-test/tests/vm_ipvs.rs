@@ -64,8 +64,9 @@ fn until(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) {
 }
 
 fn on_node1(cluster: &Cluster, words: &str) -> String {
-    let (program, args) = words.split_once(' ').expect("a program and its arguments");
-    netns::output(cluster.lab.command("node1", program).args(args.split(' '))).unwrap()
+    let mut words = words.split(' ');
+    let program = words.next().expect("a program");
+    netns::output(cluster.lab.command("node1", program).args(words)).unwrap()
 }
 
 /// Who answers, or the error; `how` is tcp, udp or `udp --connected …`.
@@ -208,8 +209,10 @@ fn another_mode_takes_over_without_cutting_a_connection() {
         netns::run(cluster.lab.command(node, "ipvsadm").args(["--set", "900", "1", "3"])).unwrap();
     }
     let target = format!("{}:80", node_ip(2));
+    // Agents take as much longer to start there as everything else.
+    let secs = patience(Duration::from_secs(40)).as_secs().to_string();
     let loads = [("pod12", "10.96.0.10:80"), ("client", &target)].map(|(from, target)| {
-        let load = ["load", target, "--connections", "20", "--udp", "2", "--secs", "30", "--abort"];
+        let load = ["load", target, "--connections", "20", "--udp", "2", "--secs", &secs, "--abort"];
         cluster.spawn(from, None, &load).unwrap()
     });
     std::thread::sleep(Duration::from_secs(3));
