@@ -31,6 +31,7 @@ use lb_core::{
     rules, synthetic,
 };
 use lb_test::{
+    netns,
     object::{CLIENT_MAC, NODE_MAC, Node, OTHER_MAC, Run, source_of},
     packet::{Frame, syn, tcp},
 };
@@ -343,6 +344,8 @@ fn sync_of_rules(mode: Mode, services: u32) -> Result<Vec<Value>> {
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
         return Err(std::io::Error::last_os_error()).context("make a network namespace");
     }
+    // A node has addresses: without any the kernel takes every endpoint for a broadcast address.
+    netns::run(std::process::Command::new("ip").args(["link", "set", "lo", "up"]))?;
     let config =
         rules::iptables::Config { localhost_node_ports: false, ..rules::iptables::Config::default() };
     let mut datapath: Box<dyn Datapath> = match mode {
