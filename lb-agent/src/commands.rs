@@ -84,6 +84,10 @@ fn status(pins: &Pins, output: Output) -> Result<()> {
 }
 
 fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
+    // First: kube-proxy may be started while flows end.
+    if options.drain {
+        wait_for_flows(pins)?;
+    }
     let successor = match options.kube_proxy {
         true => None,
         false => kube_proxy::serves(options.kube_proxy_metrics),
@@ -122,9 +126,6 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
             print!("# ipset restore\n{}# ip\nlink del {}\n", ipvs::destroyed_sets()?, rules::ipvs::DEVICE);
         }
         return Ok(());
-    }
-    if options.drain {
-        wait_for_flows(pins)?;
     }
     for family in tables {
         nftables::remove(family)?;
