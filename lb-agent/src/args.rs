@@ -8,10 +8,16 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, builder::PossibleValue};
+use clap::{
+    Args as ClapArgs, Parser, Subcommand, ValueEnum,
+    builder::{PossibleValue, PossibleValuesParser, TypedValueParser},
+};
 use ipnet::IpNet;
 use lb_common::abi::TraceFilter;
-use lb_core::{compile::CompileConfig, rules};
+use lb_core::{
+    compile::CompileConfig,
+    rules::{self, ipvs::Scheduler},
+};
 
 use crate::{
     datapath::{
@@ -251,47 +257,17 @@ pub struct PolicyArgs {
     #[arg(long, default_value = "modern")]
     legacy_external_ip: LegacyExternalIp,
     /// Which destination a connection gets in the ipvs mode.
-    #[arg(long, default_value = "rr")]
-    ipvs_scheduler: IpvsScheduler,
+    #[arg(long, default_value = "rr", value_parser = schedulers())]
+    ipvs_scheduler: Scheduler,
 }
 
-/// Schedulers of IPVS.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum IpvsScheduler {
-    /// Round robin.
-    Rr,
-    /// Round robin by weight.
-    Wrr,
-    /// Fewest connections.
-    Lc,
-    /// Fewest connections by weight.
-    Wlc,
-    /// By a hash of the source.
-    Sh,
-    /// By a hash of the destination.
-    Dh,
-    /// Maglev, by a hash of source address and port.
-    Mh,
-    /// Shortest expected delay.
-    Sed,
-    /// An idle destination, else the shortest expected delay.
-    Nq,
-}
-
-impl From<IpvsScheduler> for rules::ipvs::Scheduler {
-    fn from(scheduler: IpvsScheduler) -> Self {
-        match scheduler {
-            IpvsScheduler::Rr => Self::Rr,
-            IpvsScheduler::Wrr => Self::Wrr,
-            IpvsScheduler::Lc => Self::Lc,
-            IpvsScheduler::Wlc => Self::Wlc,
-            IpvsScheduler::Sh => Self::Sh,
-            IpvsScheduler::Dh => Self::Dh,
-            IpvsScheduler::Mh => Self::Mh,
-            IpvsScheduler::Sed => Self::Sed,
-            IpvsScheduler::Nq => Self::Nq,
-        }
-    }
+/// Takes the names of [`Scheduler::ALL`].
+fn schedulers() -> impl TypedValueParser<Value = Scheduler> {
+    let named = |scheduler: Scheduler| PossibleValue::new(scheduler.name()).help(scheduler.explanation());
+    PossibleValuesParser::new(Scheduler::ALL.map(named)).map(|name| {
+        let named = Scheduler::ALL.into_iter().find(|scheduler| scheduler.name() == name);
+        named.expect("clap takes only these names")
+    })
 }
 
 /// Rules for externalIPs.
@@ -327,8 +303,8 @@ impl PolicyArgs {
     }
 
     /// For IPVS.
-    pub fn ipvs_scheduler(&self) -> rules::ipvs::Scheduler {
-        self.ipvs_scheduler.into()
+    pub fn ipvs_scheduler(&self) -> Scheduler {
+        self.ipvs_scheduler
     }
 }
 

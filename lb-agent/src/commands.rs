@@ -3,14 +3,18 @@
 use std::{io::IsTerminal, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, bail};
-use lb_core::rules;
+use lb_core::{
+    model::Family,
+    rules::{self, incremental::Transaction},
+};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
     args::{self, Args, CleanupArgs, Command, DiffArgs, ListCommand, LogFormat, Output},
     datapath::{
         ebpf::{attach, drain, inspect, maps::Pins},
-        iptables, ipvs, nftables,
+        iptables::{self, exec::Programs},
+        ipvs, nftables,
     },
     drift,
     kube_proxy::{self, Serves},
@@ -110,22 +114,7 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
         );
     }
     if options.dry_run {
-        if pins.dir().is_dir() {
-            println!("programs, links and maps pinned under {}", pins.dir().display());
-        }
-        for (programs, removal) in &removals {
-            println!("{}-restore --noflush:\n{removal}", programs.name());
-        }
-        for family in &tables {
-            println!("nft -f -:\n{}", nftables::removal(*family));
-        }
-        for removal in &servers {
-            print!("{removal}");
-        }
-        if !servers.is_empty() {
-            print!("# ipset restore\n{}# ip\nlink del {}\n", ipvs::destroyed_sets()?, rules::ipvs::DEVICE);
-        }
-        return Ok(());
+        return print_removals(pins, &removals, &tables, &servers);
     }
     for family in tables {
         nftables::remove(family)?;
@@ -137,6 +126,37 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
     }
     ipvs::remove(&servers)?;
     Ok(attach::remove_all(pins)?)
+}
+
+/// Everything that `cleanup` would remove, as what it would hand to which program.
+fn print_removals(
+    pins: &Pins,
+    removals: &[(Programs, Transaction)],
+    tables: &[Family],
+    servers: &[rules::ipvs::Transaction],
+) -> Result<()> {
+    if pins.dir().is_dir() {
+        println!("programs, links and maps pinned under {}", pins.dir().display());
+    }
+    for (programs, removal) in removals {
+        println!("{}-restore --noflush:\n{removal}", programs.name());
+    }
+    for programs in iptables::keepers() {
+        println!("{}-restore --noflush:\n{}", programs.name(), iptables::keeper_removal());
+    }
+    for removal in tables.iter().map(|family| nftables::removal(*family)) {
+        println!("nft -f -:\n{removal}");
+    }
+    for removal in nftables::keepers().map(nftables::keeper_removal) {
+        println!("nft -f -:\n{removal}");
+    }
+    for removal in servers {
+        print!("{removal}");
+    }
+    if !servers.is_empty() {
+        print!("# ipset restore\n{}# ip\nlink del {}\n", ipvs::destroyed_sets()?, rules::ipvs::DEVICE);
+    }
+    Ok(())
 }
 
 /// How often flows are counted.

@@ -238,6 +238,30 @@ fn another_mode_takes_over_without_cutting_a_connection() {
 }
 
 #[test]
+fn an_endpoint_that_the_kernel_refuses_costs_no_other_its_place() {
+    let name = "an_endpoint_that_the_kernel_refuses_costs_no_other_its_place";
+    let Some(cluster) = cluster(name, &["pod11"]) else { return };
+    let slice = |service: &str, addr: &str| {
+        format!(
+            "kind: EndpointSlice\nmetadata: {{name: {service}-more, labels: {{kubernetes.io/service-name: {service}}}}}\naddressType: IPv4\nports: [{{name: http, port: 8080}}]\nendpoints: [{{addresses: [{addr}], nodeName: node2}}]\n---\n"
+        )
+    };
+    // The LAN's broadcast address is no destination (`ip_vs_ctl.c` `__ip_vs_add_dest`).
+    cluster.apply("broadcast.yaml", &slice("web", "192.0.2.255")).unwrap();
+    let log = || std::fs::read_to_string(cluster.agent_log(1)).unwrap();
+    let named = "the kernel takes no destination 192.0.2.255:8080 of virtual server 10.96.0.10:80/TCP";
+    until("the destination is named", Duration::from_secs(20), || log().contains(named));
+    assert!(log().contains("default/web:http"), "{}", log());
+    let late = "kind: Service\nmetadata: {name: late}\nspec: {clusterIP: 10.96.0.20, ports: [{name: http, port: 80}]}\n---\n";
+    cluster.apply("late.yaml", &(late.to_owned() + &slice("late", &pod_ip(2, 1)))).unwrap();
+    until("what comes later is served", Duration::from_secs(20), || {
+        ask(&cluster, "pod12", TCP, "10.96.0.20:80") == "pod21"
+    });
+    assert_eq!(ask(&cluster, "pod12", TCP, "10.96.0.10:80"), "pod11");
+    assert!(!on_node1(&cluster, "ipvsadm -Sn").contains("192.0.2.255"));
+}
+
+#[test]
 fn the_kernel_takes_every_scheduler() {
     use lb_core::{
         compile::{CompileConfig, Compiler, NodeView},
@@ -253,21 +277,8 @@ fn the_kernel_takes_every_scheduler() {
     let mut compiler = Compiler::new(CompileConfig::default(), NodeView::default());
     synthetic::cluster(1, 2).for_each(|event| compiler.apply(event));
     compiler.compile();
-    let (all, file) = (
-        [
-            Scheduler::Rr,
-            Scheduler::Wrr,
-            Scheduler::Lc,
-            Scheduler::Wlc,
-            Scheduler::Sh,
-            Scheduler::Dh,
-            Scheduler::Mh,
-            Scheduler::Sed,
-            Scheduler::Nq,
-        ],
-        lab.dir().join("servers"),
-    );
-    for scheduler in all {
+    let file = lab.dir().join("servers");
+    for scheduler in Scheduler::ALL {
         let transaction = Servers::all(compiler.table(), Family::V4, scheduler);
         let lines = transaction
             .phases()

@@ -43,6 +43,7 @@ const IN_VM: [(&str, &[InVm]); 2] = [
                 "vm_ipvs",
                 &[
                     "a_nodes_address_as_external_ip_cuts_nobody_off",
+                    "an_endpoint_that_the_kernel_refuses_costs_no_other_its_place",
                     "another_mode_takes_over_without_cutting_a_connection",
                     "connections_to_an_endpoint_that_is_gone_end_by_themselves",
                     "every_path_with_ipvs",

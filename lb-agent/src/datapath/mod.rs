@@ -4,6 +4,7 @@ pub mod ebpf;
 pub mod iptables;
 pub mod ipvs;
 pub mod nftables;
+mod program;
 
 use std::{fmt, time::Duration};
 

@@ -1,11 +1,6 @@
 //! kube-proxy's nftables tables, loaded and kept.
 
-use std::{
-    collections::BTreeMap,
-    fmt::Write as _,
-    io::Write,
-    process::{Command, Stdio},
-};
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use lb_core::{
     model::Family,
@@ -17,7 +12,7 @@ use lb_core::{
 };
 use tracing::warn;
 
-use super::{ApplyReport, Datapath, DatapathError};
+use super::{ApplyReport, Datapath, DatapathError, program};
 use crate::nfnetlink;
 
 /// The tables of both families.
@@ -171,7 +166,8 @@ pub fn name(family: Family) -> &'static str {
 /// The kernel's handle of our table, if it is there. Lists tables only, whatever they hold.
 pub fn handle(family: Family) -> Result<Option<u64>, DatapathError> {
     let text = nft(&["-j", "list", "tables", name(family)], "")?;
-    let listed: serde_json::Value = serde_json::from_str(&text).map_err(|source| failed(source.into()))?;
+    let listed: serde_json::Value =
+        serde_json::from_str(&text).map_err(|source| failed(source.to_string()))?;
     let tables = listed["nftables"].as_array().into_iter().flatten().map(|item| &item["table"]);
     Ok(tables.filter(|table| table["name"] == TABLE).find_map(|table| table["handle"].as_u64()))
 }
@@ -182,33 +178,15 @@ fn load(text: &str) -> Result<(), DatapathError> {
 
 /// Runs nft and returns what it prints.
 pub fn nft(args: &[&str], input: &str) -> Result<String, DatapathError> {
-    let child = Command::new("nft")
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let mut child = child.map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => {
-            failed("no nft in $PATH: install the package nftables, or run with another --mode".into())
-        }
-        _ => failed(error.into()),
-    })?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // nft reads all of its input before it prints; one that ends early says why on its error output.
-        let _ = stdin.write_all(input.as_bytes());
+    let output = program::feed("nft", args, input)?;
+    match output.status.success() {
+        true => Ok(program::printed(&output)),
+        false => Err(failed(program::complaint(&output))),
     }
-    let output = child.wait_with_output().map_err(|error| failed(error.into()))?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let first: Vec<&str> = said.lines().take(3).collect();
-    Err(failed(format!("{}: {}", output.status, first.join("; ")).into()))
 }
 
-fn failed(source: Box<dyn std::error::Error + Send + Sync>) -> DatapathError {
-    DatapathError::Kernel { operation: "run", object: "nft".into(), source }
+fn failed(source: String) -> DatapathError {
+    program::failed("nft", &[], source)
 }
 
 /// Families whose table there is; without `all` only where our agent made it, not kube-proxy.
@@ -253,7 +231,8 @@ pub fn keep(family: Family) -> Result<(), DatapathError> {
     load(&keeper(family))
 }
 
-fn keepers() -> impl Iterator<Item = Family> {
+/// Families whose connections are kept.
+pub fn keepers() -> impl Iterator<Item = Family> {
     let there = |family: &Family| nft(&["list", "table", name(*family), KEEPER], "").is_ok();
     [Family::V4, Family::V6].into_iter().filter(there)
 }
@@ -265,7 +244,12 @@ pub fn has_keeper() -> bool {
 
 /// Ends the keeping of connections.
 pub fn remove_keepers() -> Result<(), DatapathError> {
-    keepers().try_for_each(|family| load(&format!("delete table {} {KEEPER}\n", name(family))))
+    keepers().try_for_each(|family| load(&keeper_removal(family)))
+}
+
+/// What ends the keeping of a family's connections, for `nft -f`.
+pub fn keeper_removal(family: Family) -> String {
+    format!("delete table {} {KEEPER}\n", name(family))
 }
 
 /// Removes a family's table.

@@ -2,8 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    io::Write,
-    process::{Command, Output, Stdio},
+    process::{Command, Stdio},
     sync::Arc,
 };
 
@@ -15,7 +14,7 @@ use lb_core::{
     },
 };
 
-use crate::datapath::DatapathError;
+use crate::datapath::{DatapathError, program};
 
 /// Which kernel interface the programs write to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,13 +104,13 @@ impl Programs {
 
     /// What is loaded, as text.
     pub fn save(&self, table: Option<Table>) -> Result<String, DatapathError> {
-        let mut command = Command::new(format!("{}-save", self.name()));
-        command.args(table.iter().flat_map(|table| ["-t", table.name()]));
-        let output = command.output().map_err(|error| self.error("-save", error.into()))?;
-        if !output.status.success() {
-            return Err(self.error("-save", said(&output).into()));
+        let name = format!("{}-save", self.name());
+        let args = table.map(|table| ["-t", table.name()]);
+        let output = program::feed(&name, args.as_slice().as_flattened(), "")?;
+        match output.status.success() {
+            true => Ok(program::printed(&output)),
+            false => Err(program::failed(&name, &[], program::complaint(&output))),
         }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// The rules of a chain as text, empty if there is no such chain; `None` if the program can't tell.
@@ -128,23 +127,12 @@ impl Programs {
 
     /// Loads text; all of a table or nothing of it. Waits up to 5 s for other writers (xtables lock).
     pub fn restore(&self, text: &str) -> Result<(), DatapathError> {
-        let mut command = Command::new(format!("{}-restore", self.name()));
-        let child = command
-            .args(["--noflush", "--wait", "5"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn();
-        let mut child = child.map_err(|error| self.error("-restore", error.into()))?;
-        if let Some(mut input) = child.stdin.take() {
-            // A program that ends early says why on its error output.
-            let _ = input.write_all(text.as_bytes());
+        let name = format!("{}-restore", self.name());
+        let output = program::feed(&name, &["--noflush", "--wait", "5"], text)?;
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(program::failed(&name, &[], self.explain(&program::complaint(&output), text))),
         }
-        let output = child.wait_with_output().map_err(|error| self.error("-restore", error.into()))?;
-        if output.status.success() {
-            return Ok(());
-        }
-        Err(self.error("-restore", self.explain(&said(&output), text).into()))
     }
 
     /// What iptables-restore complained of, with the line it names.
@@ -158,16 +146,6 @@ impl Programs {
             None => said.to_owned(),
         }
     }
-
-    fn error(&self, program: &str, source: Box<dyn std::error::Error + Send + Sync>) -> DatapathError {
-        DatapathError::Kernel { operation: "run", object: format!("{}{program}", self.name()), source }
-    }
-}
-
-fn said(output: &Output) -> String {
-    let text = String::from_utf8_lossy(&output.stderr);
-    let text = text.trim();
-    if text.is_empty() { output.status.to_string() } else { text.replace('\n', "; ") }
 }
 
 /// What is loaded of the chains kube-proxy and we write.

@@ -204,14 +204,18 @@ pub fn keepers() -> Vec<Programs> {
 
 /// Ends the keeping of connections.
 pub fn remove_keepers() -> Result<(), DatapathError> {
-    let removal = format!("*nat\n:{KEEPER} - [0:0]\n-X {KEEPER}\nCOMMIT\n");
     for programs in keepers() {
         // The last of the variants is one of the others: it may be gone already.
         if programs.list(Table::Nat, KEEPER).is_some_and(|rules| !rules.is_empty()) {
-            programs.restore(&removal)?;
+            programs.restore(&keeper_removal())?;
         }
     }
     Ok(())
+}
+
+/// What ends the keeping of connections, for `iptables-restore --noflush`.
+pub fn keeper_removal() -> String {
+    format!("*nat\n:{KEEPER} - [0:0]\n-X {KEEPER}\nCOMMIT\n")
 }
 
 /// What removes the rules of this machine, by program. Without `all` only those that our agent wrote; with it

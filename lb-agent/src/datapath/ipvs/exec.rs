@@ -2,68 +2,52 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::Write,
     net::{IpAddr, SocketAddr, UdpSocket},
-    process::{Command, Stdio},
 };
 
 use lb_core::{
     model::{Family, Protocol},
-    rules::ipvs::{DEVICE, Element, Link, ROUTES, RULE_PRIORITY, Server, State, Transaction, sets::Set},
+    rules::ipvs::{
+        DEVICE, Element, Link, Phase, ROUTES, RULE_PRIORITY, Server, State, Transaction, sets::Set,
+    },
     table::FrontendAddr,
 };
 use serde_json::Value;
 
-use crate::datapath::DatapathError;
+use crate::datapath::{DatapathError, program};
 
 /// Runs a program and returns what it prints.
-pub fn output(program: &[&str]) -> Result<String, DatapathError> {
-    run(program, "")
+pub fn output(command: &[&str]) -> Result<String, DatapathError> {
+    run(command, "")
 }
 
 /// Runs a program on lines of input. Whatever it complains of is an error, though it may exit with 0 as ipvsadm does.
-pub fn run(program: &[&str], input: &str) -> Result<String, DatapathError> {
-    let (name, args) = program.split_first().expect("a program has a name");
-    let child = Command::new(name)
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let mut child = child.map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => {
-            let package = if *name == "ip" { "iproute2" } else { name };
-            let help =
-                format!("no {name} in $PATH: install the package {package}, or run with another --mode");
-            failed(program, help)
-        }
-        _ => failed(program, error.to_string()),
-    })?;
-    if let Some(mut stdin) = child.stdin.take() {
-        let input = input.as_bytes().to_vec();
-        // On a thread of its own: ipvsadm prints while it reads, and a full pipe would stop both.
-        std::thread::spawn(move || drop(stdin.write_all(&input)));
+pub fn run(command: &[&str], input: &str) -> Result<String, DatapathError> {
+    let (name, args) = command.split_first().expect("a command has a name");
+    let output = program::feed(name, args, input)?;
+    match output.status.success() && output.stderr.trim_ascii().is_empty() {
+        true => Ok(program::printed(&output)),
+        false => Err(program::failed(name, args, program::complaint(&output))),
     }
-    let output = child.wait_with_output().map_err(|error| failed(program, error.to_string()))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    if output.status.success() && said.trim().is_empty() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-    }
-    let first: Vec<&str> = said.lines().take(3).collect();
-    Err(failed(program, format!("{}: {}", output.status, first.join("; "))))
 }
 
-fn failed(program: &[&str], source: String) -> DatapathError {
-    DatapathError::Kernel { operation: "run", object: program.join(" "), source: source.into() }
+fn failed(command: &[&str], source: String) -> DatapathError {
+    program::failed(command[0], &command[1..], source)
 }
 
-/// Carries a transaction out. After an error the kernel's state is not known.
+/// Carries a transaction out. After an error the kernel's state is not known, but all other servers and destinations are
+/// there if it is about some that the kernel refuses.
 pub fn carry_out(transaction: &Transaction) -> Result<(), DatapathError> {
+    let mut refused = Ok(());
     for (phase, lines) in transaction.phases() {
         let input: String = lines.iter().map(|line| line.text(source_towards) + "\n").collect();
-        run(phase.program(transaction.family()), &input)?;
+        match run(phase.program(transaction.family()), &input) {
+            // ipvsadm goes on to the next line, and so do we.
+            Err(error) if phase == Phase::AddServers => refused = Err(error),
+            done => drop(done?),
+        }
     }
-    Ok(())
+    refused
 }
 
 /// The address that this node sends from towards another; no packet is sent. Ports of services have routes of their
@@ -182,12 +166,12 @@ fn address(value: &Value) -> Option<IpAddr> {
     value.as_str()?.parse().ok()
 }
 
-fn json(program: &[&str]) -> Result<Vec<Value>, DatapathError> {
-    let text = output(program)?;
+fn json(command: &[&str]) -> Result<Vec<Value>, DatapathError> {
+    let text = output(command)?;
     if text.trim().is_empty() {
         return Ok(Vec::new());
     }
-    serde_json::from_str(&text).map_err(|error| failed(program, error.to_string()))
+    serde_json::from_str(&text).map_err(|error| failed(command, error.to_string()))
 }
 
 /// The dummy device: whether it is there, and its alias.

@@ -2,7 +2,7 @@
 
 pub mod exec;
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, net::SocketAddr, path::Path};
 
 use lb_core::{
     model::Family,
@@ -10,11 +10,11 @@ use lb_core::{
         iptables::{Config, Translation},
         ipvs::{DEVICE, Scheduler, Servers, State, Transaction, sets::Set},
     },
-    table::{Changes, ServiceTable},
+    table::{Changes, FrontendAddr, ServiceTable},
 };
 use tracing::{info, warn};
 
-use super::{ApplyReport, Datapath, DatapathError, iptables::IptablesDatapath};
+use super::{ApplyReport, Datapath, DatapathError, Refused, iptables::IptablesDatapath};
 
 /// How IPVS is set up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,8 +34,10 @@ pub struct IpvsDatapath {
 /// The virtual servers of one family.
 struct FamilyServers {
     servers: Servers,
-    /// The kernel's state is what `servers` asked for.
+    /// The kernel's state is what `servers` asked for, but for what it refused.
     known: bool,
+    /// Destinations that the kernel does not take, and what ipvsadm says of them.
+    refused: BTreeMap<(FrontendAddr, SocketAddr), String>,
 }
 
 /// The device's alias that says it is ours, not kube-proxy's.
@@ -50,7 +52,11 @@ impl IpvsDatapath {
         set_sysctls(config.strict_arp);
         let families: Vec<FamilyServers> = rules
             .families()
-            .map(|family| FamilyServers { servers: Servers::new(family, config.scheduler), known: false })
+            .map(|family| FamilyServers {
+                servers: Servers::new(family, config.scheduler),
+                known: false,
+                refused: BTreeMap::new(),
+            })
             .collect();
         Ok(Self { rules, families })
     }
@@ -104,6 +110,7 @@ impl Datapath for IpvsDatapath {
             let transaction = family.apply(table, changes)?;
             report.upserts += transaction.upserts();
             report.deletes += transaction.deletes();
+            report.refused.extend(family.refused(table));
         }
         Ok(report)
     }
@@ -130,13 +137,58 @@ impl FamilyServers {
     fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<Transaction, DatapathError> {
         // Until all is written the state is unknown, and the next call asks the kernel.
         let known = std::mem::replace(&mut self.known, false);
+        if !known {
+            self.refused.clear();
+        }
         let transaction = match known {
             true => self.servers.update(table, changes),
             false => self.servers.replace(table, &exec::actual(self.servers.family())?),
         };
-        exec::carry_out(&transaction)?;
+        self.carry_out(&transaction)?;
         self.known = true;
         Ok(transaction)
+    }
+
+    /// Carries a transaction out, as far as the kernel takes it.
+    fn carry_out(&mut self, transaction: &Transaction) -> Result<(), DatapathError> {
+        let Err(error) = exec::carry_out(transaction) else { return Ok(()) };
+        let actual = exec::actual(self.servers.family())?;
+        let missing = self.servers.state().missing_destinations(&actual);
+        let Some(missing) = missing else { return Err(error) };
+        let reason = format!("{:#}", anyhow::Error::from(error));
+        self.refused = missing.into_iter().map(|destination| (destination, reason.clone())).collect();
+        Ok(())
+    }
+
+    /// What the kernel refused, by service port.
+    fn refused(&self, table: &ServiceTable) -> impl Iterator<Item = Refused> {
+        self.refused.iter().filter_map(|((server, destination), reason)| {
+            let service = table.frontends.get(server)?.service.clone();
+            let reason =
+                format!("the kernel takes no destination {destination} of virtual server {server}: {reason}");
+            Some(Refused { service, reason })
+        })
+    }
+
+    /// What should be there.
+    fn expected(&self) -> State {
+        let mut state = self.servers.state();
+        for (server, destination) in self.refused.keys() {
+            if let Some(server) = state.servers.get_mut(server) {
+                server.destinations.remove(destination);
+            }
+        }
+        state
+    }
+
+    /// Offers the kernel once more what it refused: routes may have changed.
+    fn offer_again(&mut self) -> Result<(), DatapathError> {
+        if self.refused.is_empty() {
+            return Ok(());
+        }
+        let missing = Transaction::between(self.servers.family(), &self.expected(), &self.servers.state());
+        self.refused.clear();
+        self.carry_out(&missing)
     }
 
     /// Deletes destinations whose last connection has ended, and looks whether all is there.
@@ -144,7 +196,7 @@ impl FamilyServers {
         if !self.known {
             return true;
         }
-        match self.sweep().and_then(|()| self.differs()) {
+        match self.sweep().and_then(|()| self.offer_again()).and_then(|()| self.differs()) {
             Ok(false) => true,
             Ok(true) => {
                 warn!(family = %self.servers.family(), "somebody changed virtual servers, sets or addresses; all are looked through");
@@ -168,11 +220,11 @@ impl FamilyServers {
         let swept = self
             .servers
             .sweep(|server, destination| connections.get(&(*server, *destination)).is_none_or(|n| *n == 0));
-        exec::carry_out(&swept)
+        self.carry_out(&swept)
     }
 
     fn differs(&self) -> Result<bool, DatapathError> {
-        Ok(exec::actual(self.servers.family())? != self.servers.state())
+        Ok(exec::actual(self.servers.family())? != self.expected())
     }
 }
 

@@ -39,31 +39,27 @@ pub const ROUTES: u32 = 5050;
 /// Where the rules that look at ports stand among the kernel's: after the local table, before main.
 pub const RULE_PRIORITY: u32 = 50;
 
-/// How IPVS chooses a destination (`ipvsadm(8)`, `--scheduler`).
+/// How IPVS chooses a destination (`ipvsadm(8)`, `--scheduler`); [`Scheduler::explanation`] says what each does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names are IPVS's own")]
 pub enum Scheduler {
-    /// Round robin.
     #[default]
     Rr,
-    /// Round robin by weight.
     Wrr,
-    /// Fewest connections.
     Lc,
-    /// Fewest connections by weight.
     Wlc,
-    /// By a hash of the source.
     Sh,
-    /// By a hash of the destination.
     Dh,
-    /// Maglev, by a hash of source address and port.
     Mh,
-    /// Shortest expected delay.
     Sed,
-    /// An idle destination, else the shortest expected delay.
     Nq,
 }
 
 impl Scheduler {
+    /// All of them.
+    pub const ALL: [Self; 9] =
+        [Self::Rr, Self::Wrr, Self::Lc, Self::Wlc, Self::Sh, Self::Dh, Self::Mh, Self::Sed, Self::Nq];
+
     /// As ipvsadm and the kernel's module names have it.
     pub const fn name(self) -> &'static str {
         match self {
@@ -76,6 +72,21 @@ impl Scheduler {
             Self::Mh => "mh",
             Self::Sed => "sed",
             Self::Nq => "nq",
+        }
+    }
+
+    /// What a destination is chosen by, in a line.
+    pub const fn explanation(self) -> &'static str {
+        match self {
+            Self::Rr => "Round robin",
+            Self::Wrr => "Round robin by weight",
+            Self::Lc => "Fewest connections",
+            Self::Wlc => "Fewest connections by weight",
+            Self::Sh => "By a hash of the source",
+            Self::Dh => "By a hash of the destination",
+            Self::Mh => "Maglev, by a hash of source address and port",
+            Self::Sed => "Shortest expected delay",
+            Self::Nq => "An idle destination, else the shortest expected delay",
         }
     }
 }
@@ -112,6 +123,19 @@ pub struct State {
     pub elements: BTreeSet<Element>,
     /// Addresses and ports that are local.
     pub links: BTreeSet<Link>,
+}
+
+impl State {
+    /// The destinations that `actual` lacks, if that is all that it differs in.
+    pub fn missing_destinations(mut self, actual: &Self) -> Option<BTreeSet<(FrontendAddr, SocketAddr)>> {
+        let mut missing = BTreeSet::new();
+        for (addr, server) in &mut self.servers {
+            let there = &actual.servers.get(addr)?.destinations;
+            let lacks = server.destinations.extract_if(.., |destination, _| !there.contains_key(destination));
+            missing.extend(lacks.map(|(destination, _)| (*addr, destination)));
+        }
+        (self == *actual).then_some(missing)
+    }
 }
 
 /// What one service port asks for.
