@@ -30,6 +30,9 @@ pub fn run() -> Result<()> {
                 concat!("unimple", "mented!("),
                 concat!("TO", "DO"),
                 concat!("FIX", "ME"),
+                // What follows, or what doesn't, was taken out by hand.
+                concat!("if tr", "ue {"),
+                concat!("if fal", "se {"),
             ] {
                 if line.contains(word) {
                     breaches.push(format!("{name}:{}: {word}", number + 1));
