@@ -16,6 +16,7 @@ use ipnet::IpNet;
 use lb_common::abi::TraceFilter;
 use lb_core::{
     compile::CompileConfig,
+    model::LocalDetector,
     rules::{self, ipvs::Scheduler},
 };
 
@@ -295,7 +296,7 @@ impl PolicyArgs {
     pub fn rules(&self) -> rules::iptables::Config {
         rules::iptables::Config {
             masquerade_all: self.masquerade_all,
-            cluster_cidrs: self.cluster_cidr.clone(),
+            pods: LocalDetector::Ranges(self.cluster_cidr.clone()),
             node_ports_by_address: !self.node_port_addresses.is_empty(),
             legacy_external_ip: self.legacy_external_ip == LegacyExternalIp::V1_20,
             ..rules::iptables::Config::default()

@@ -280,6 +280,31 @@ pub struct ServiceCidr {
     pub cidrs: Vec<IpNet>,
 }
 
+/// How netfilter's modes tell pods from others (kube-proxy `detectLocalMode`). eBPF knows pods by their devices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LocalDetector {
+    /// By their source: ranges of the cluster's pods or of this node's, of which the first of a family counts. In a family
+    /// without one pods are not told apart.
+    Ranges(Vec<IpNet>),
+    /// Their packets come in from this bridge.
+    Bridge(Arc<str>),
+    /// Their packets come in from devices whose names begin so.
+    DevicePrefix(Arc<str>),
+}
+
+impl LocalDetector {
+    /// Pods are not told apart.
+    pub const NONE: Self = Self::Ranges(Vec::new());
+
+    /// The range of a family's pods, if that is what tells them.
+    pub fn range(&self, family: Family) -> Option<IpNet> {
+        match self {
+            Self::Ranges(ranges) => ranges.iter().copied().find(|range| Family::of(range.addr()) == family),
+            Self::Bridge(_) | Self::DevicePrefix(_) => None,
+        }
+    }
+}
+
 /// One change of the cluster, as every source reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {

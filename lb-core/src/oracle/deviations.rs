@@ -14,14 +14,14 @@ impl Oracle<'_> {
         protocol != Protocol::Sctp || self.dialect != Dialect::Ebpf
     }
 
-    /// eBPF knows where a packet comes from. netfilter knows addresses: pods are those in the cluster's range, of
-    /// whichever node, and a gateway address in there is a pod's too.
+    /// eBPF knows where a packet comes from. netfilter, unless told pods' devices, knows addresses: pods are those in the
+    /// cluster's range, of whichever node, and a gateway address in there is a pod's too.
     pub(super) fn client(&self, flow: &Flow) -> Client {
         match (self.dialect, flow.origin) {
             (Dialect::Ebpf, Origin::Pod | Origin::PodSocket) => Client::Pod,
             (Dialect::Ebpf, Origin::Node) => Client::Node,
             (Dialect::Ebpf, Origin::Outside) => Client::Outside,
-            _ if self.pods_range(flow).is_some_and(|range| range.contains(&flow.source)) => Client::Pod,
+            _ if self.is_taken_for_a_pod(flow) == Some(true) => Client::Pod,
             _ if self.is_own(flow.source) => Client::Node,
             _ => Client::Outside,
         }
@@ -194,7 +194,7 @@ impl Oracle<'_> {
         backend: SocketAddr,
     ) -> bool {
         let hairpin = backend.ip() == flow.source && endpoints.here(&backend);
-        let from_vip = flow.origin == Origin::Node && self.pods_range(flow).is_none();
+        let from_vip = flow.origin == Origin::Node && self.is_taken_for_a_pod(flow).is_none();
         hairpin
             || match (dialled.via, dialled.service.external_policy) {
                 (Via::ClusterIp, _) => {

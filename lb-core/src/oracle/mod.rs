@@ -15,7 +15,7 @@ use self::endpoints::Endpoints;
 use crate::{
     compile::NodeView,
     flow::{Answer, Dialect, Flow, Origin, Source},
-    model::{Family, Service, ServicePort, TrafficPolicy},
+    model::{Family, LocalDetector, Service, ServicePort, TrafficPolicy},
     snapshot::ClusterSnapshot,
 };
 
@@ -28,8 +28,8 @@ pub struct Policy {
     pub localhost_node_ports: bool,
     /// Masquerade all traffic to ClusterIPs.
     pub masquerade_all: bool,
-    /// Where pods' addresses lie. netfilter tells pods by it; without one it knows none.
-    pub cluster_cidrs: Vec<IpNet>,
+    /// How netfilter tells pods.
+    pub pods: LocalDetector,
 }
 
 impl Default for Policy {
@@ -38,7 +38,7 @@ impl Default for Policy {
             node_port_addresses: Vec::new(),
             localhost_node_ports: true,
             masquerade_all: false,
-            cluster_cidrs: Vec::new(),
+            pods: LocalDetector::NONE,
         }
     }
 }
@@ -207,14 +207,22 @@ impl Oracle<'_> {
         if ranges.iter().any(|range| range.prefix_len() == 0) { Vec::new() } else { ranges }
     }
 
-    /// Without ranges of pods nobody is known not to be one.
+    /// Where pods are not told apart nobody is known not to be one.
     fn is_known_not_to_be_a_pod(&self, flow: &Flow) -> bool {
-        self.pods_range(flow).is_some_and(|range| !range.contains(&flow.source))
+        self.is_taken_for_a_pod(flow) == Some(false)
     }
 
-    fn pods_range(&self, flow: &Flow) -> Option<&IpNet> {
-        let family = Family::of(flow.source);
-        self.policy.cluster_cidrs.iter().find(|range| Family::of(range.addr()) == family)
+    /// By netfilter; `None` if it can't tell.
+    fn is_taken_for_a_pod(&self, flow: &Flow) -> Option<bool> {
+        match &self.policy.pods {
+            LocalDetector::Ranges(_) => {
+                let range = self.policy.pods.range(Family::of(flow.source))?;
+                Some(range.contains(&flow.source))
+            }
+            LocalDetector::Bridge(_) | LocalDetector::DevicePrefix(_) => {
+                Some(matches!(flow.origin, Origin::Pod | Origin::PodSocket))
+            }
+        }
     }
 
     fn is_own(&self, addr: IpAddr) -> bool {

@@ -15,7 +15,7 @@ use super::{
     names::{self, of_endpoint},
 };
 use crate::{
-    model::{Family, Protocol},
+    model::{Family, LocalDetector, Protocol},
     table::{
         Backend, BackendList, Frontend, FrontendAddr, FrontendKind, ServiceEntry, ServicePortId, ServiceTable,
     },
@@ -26,8 +26,8 @@ use crate::{
 pub struct Config {
     /// Masquerade all traffic to services.
     pub masquerade_all: bool,
-    /// Sources that are pods; empty: pods are not told apart, and nothing is masqueraded on the way to ClusterIPs.
-    pub cluster_cidrs: Vec<IpNet>,
+    /// How pods are told from others; who is no pod is masqueraded on the way to ClusterIPs.
+    pub pods: LocalDetector,
     /// NodePorts answer on 127.0.0.1 too.
     pub localhost_node_ports: bool,
     /// NodePorts answer on the table's NodePort addresses only, not on all of the node's.
@@ -59,7 +59,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             masquerade_all: false,
-            cluster_cidrs: Vec::new(),
+            pods: LocalDetector::NONE,
             localhost_node_ports: true,
             node_ports_by_address: false,
             masquerade_mark: 1 << 14,
@@ -220,13 +220,11 @@ impl Port<'_> {
             let chain = self.policy_chain(list);
             let dialled = self.dialled(format!("{} cluster IP", self.name), addr);
             rules.share(Table::Nat, names::SERVICES, dialled.clone(), Target::Jump(chain.clone()));
-            let of_family = |range: &&IpNet| Family::of(range.addr()) == self.id.family;
-            let pods: Vec<&IpNet> = self.config.cluster_cidrs.iter().filter(of_family).collect();
             if self.config.masquerade_all {
                 rules.own(chain, dialled, Target::Jump(names::MARK_MASQ.into()));
-            } else if let Some(range) = pods.first() {
+            } else if let Some(from_others) = from_others(&self.config.pods, self.id.family) {
                 let mut matches = dialled;
-                matches.push(Match::NotSrc(Net::Range(**range)));
+                matches.push(from_others);
                 rules.own(chain, matches, Target::Jump(names::MARK_MASQ.into()));
             }
         }
@@ -342,11 +340,9 @@ impl Port<'_> {
             BackendList::Cluster => rules.own(chain, vec![comment("traffic", "masquerade")], mark),
             BackendList::Local => {
                 let cluster = Target::Jump(self.chains.cluster.clone());
-                let of_family = |range: &&IpNet| Family::of(range.addr()) == self.id.family;
-                if let Some(pods) = self.config.cluster_cidrs.iter().find(of_family) {
+                if let Some(from_pod) = from_pods(&self.config.pods, self.id.family) {
                     let text = format!("pod traffic for {} external destinations", self.name);
-                    let from_pod = vec![Match::Comment(text), Match::Src(Net::Range(*pods))];
-                    rules.own(chain, from_pod, cluster.clone());
+                    rules.own(chain, vec![Match::Comment(text), from_pod], cluster.clone());
                 }
                 let from_node = |verb| vec![comment("LOCAL traffic", verb), Match::SrcLocal];
                 rules.own(chain, from_node("masquerade"), mark);
@@ -507,6 +503,29 @@ fn to_node_ports(table: &ServiceTable, family: Family, config: &Config) -> Vec<R
         Family::V4 => {}
     }
     vec![rule(matches)]
+}
+
+/// The sender is a pod; `None` if pods are not told apart.
+fn from_pods(pods: &LocalDetector, family: Family) -> Option<Match> {
+    match pods {
+        LocalDetector::Ranges(_) => Some(Match::Src(Net::Range(pods.range(family)?))),
+        LocalDetector::Bridge(name) => Some(Match::From(name.clone())),
+        LocalDetector::DevicePrefix(prefix) => Some(Match::From(any_beginning_with(prefix))),
+    }
+}
+
+/// The sender is none of the pods.
+pub(super) fn from_others(pods: &LocalDetector, family: Family) -> Option<Match> {
+    match pods {
+        LocalDetector::Ranges(_) => Some(Match::NotSrc(Net::Range(pods.range(family)?))),
+        LocalDetector::Bridge(name) => Some(Match::NotFrom(name.clone())),
+        LocalDetector::DevicePrefix(prefix) => Some(Match::NotFrom(any_beginning_with(prefix))),
+    }
+}
+
+/// Devices in iptables' words.
+fn any_beginning_with(prefix: &str) -> Arc<str> {
+    format!("{prefix}+").into()
 }
 
 /// Where the kernel's chains call ours: table, calling chain, rule. Each is prepended, so that the last comes first

@@ -46,6 +46,10 @@ pub enum Match {
     Src(Net),
     /// Not this source.
     NotSrc(Net),
+    /// The device it came in from; `+` at the end stands for anything.
+    From(Arc<str>),
+    /// Some other device, or none.
+    NotFrom(Arc<str>),
     /// Destination port; needs [`Match::Protocol`] before it.
     DstPort(u16),
     /// The destination is an address of this node.
@@ -133,6 +137,8 @@ impl fmt::Display for Match {
             Self::NotDst(net) => write!(f, "! -d {net}"),
             Self::Src(net) => write!(f, "-s {net}"),
             Self::NotSrc(net) => write!(f, "! -s {net}"),
+            Self::From(device) => write!(f, "-i {device}"),
+            Self::NotFrom(device) => write!(f, "! -i {device}"),
             Self::DstPort(port) => write!(f, "--dport {port}"),
             Self::DstLocal => f.write_str("-m addrtype --dst-type LOCAL"),
             Self::SrcLocal => f.write_str("-m addrtype --src-type LOCAL"),

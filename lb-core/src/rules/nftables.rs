@@ -19,7 +19,7 @@ use super::{
     names,
 };
 use crate::{
-    model::Family,
+    model::{Family, LocalDetector},
     table::{Backend, BackendList, Changes, FrontendKind, ServicePortId, ServiceTable},
 };
 
@@ -362,8 +362,7 @@ fn of_service(port: &Facts<'_>, config: &Config) -> PortRules {
     let (external, firewall) = (format!("external-{name}"), format!("firewall-{name}"));
     let refusal = if port.has_endpoints { "drop" } else { "goto reject-chain" };
     let refused = comment(&port.name);
-    let of_family = |range: &&IpNet| Family::of(range.addr()) == port.id.family;
-    let pods = config.cluster_cidrs.iter().find(of_family);
+    let senders = |is| senders(&config.pods, port.id.family, is);
 
     for (addr, frontend) in port.frontends {
         let key = match frontend.kind {
@@ -386,10 +385,9 @@ fn of_service(port: &Facts<'_>, config: &Config) -> PortRules {
                 }
                 let chain = chain_of(list);
                 rules.elements.insert((served, key), format!("goto {chain}"));
-                let mark = match pods {
-                    _ if config.masquerade_all => Some(String::new()),
-                    Some(pods) => Some(format!("{ip} saddr != {pods} ")),
-                    None => None,
+                let mark = match config.masquerade_all {
+                    true => Some(String::new()),
+                    false => senders("!= ").map(|others| format!("{others} ")),
                 };
                 if let Some(condition) = mark {
                     let line = format!("{ip} daddr {} {condition}jump mark-for-masquerade", addr.addr);
@@ -425,7 +423,7 @@ fn of_service(port: &Facts<'_>, config: &Config) -> PortRules {
                         format!("{condition} goto {cluster} comment \"short-circuit {comment} traffic\"")
                     })
                 };
-                lines.extend(pods.and_then(|pods| short(&format!("{ip} saddr {pods}"), "pod")));
+                lines.extend(senders("").and_then(|pods| short(&pods, "pod")));
                 lines.push(
                     "fib saddr type local jump mark-for-masquerade comment \"masquerade local traffic\""
                         .into(),
@@ -453,6 +451,15 @@ fn of_service(port: &Facts<'_>, config: &Config) -> PortRules {
         }
     }
     rules
+}
+
+/// The condition that the sender is a pod, or with `is` as `!= ` that it is none; `None` if pods are not told apart.
+fn senders(pods: &LocalDetector, family: Family, is: &str) -> Option<String> {
+    Some(match pods {
+        LocalDetector::Ranges(_) => format!("{} saddr {is}{}", ip(family), pods.range(family)?),
+        LocalDetector::Bridge(name) => format!("iifname {is}\"{name}\""),
+        LocalDetector::DevicePrefix(prefix) => format!("iifname {is}\"{prefix}*\""),
+    })
 }
 
 /// The same addresses in ranges that don't overlap: nft refuses others in one set.

@@ -9,6 +9,7 @@ use lb_core::{
     compile::{CompileConfig, NodeView},
     flow::{Dialect, Flow, Origin},
     model::{
+        LocalDetector,
         Endpoint, EndpointSlice, Event, Family, Node, ObjectName, Protocol, Service, ServicePort,
         ServiceType, SlicePort, TargetPort, TrafficPolicy,
     },
@@ -126,7 +127,7 @@ impl Scene {
     pub fn rules_config(&self) -> iptables::Config {
         iptables::Config {
             masquerade_all: self.policy.masquerade_all,
-            cluster_cidrs: self.policy.cluster_cidrs.clone(),
+            pods: self.policy.pods.clone(),
             localhost_node_ports: self.policy.localhost_node_ports,
             node_ports_by_address: !self.policy.node_port_addresses.is_empty(),
             ..iptables::Config::default()
@@ -178,7 +179,11 @@ fn policy(random: &mut Random) -> Policy {
         node_port_addresses: nets(node_port_addresses[random.below(node_port_addresses.len())]),
         localhost_node_ports: !random.once_in(4),
         masquerade_all: random.once_in(4),
-        cluster_cidrs: nets(cluster_cidrs[random.below(cluster_cidrs.len())]),
+        pods: match random.below(6) {
+            0 => LocalDetector::Bridge("cni0".into()),
+            1 => LocalDetector::DevicePrefix("veth".into()),
+            _ => LocalDetector::Ranges(nets(cluster_cidrs[random.below(cluster_cidrs.len())])),
+        },
     }
 }
 

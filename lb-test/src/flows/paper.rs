@@ -11,7 +11,7 @@ use lb_agent::source::manifests::Manifests;
 use lb_core::{
     compile::{CompileConfig, NodeView, compile},
     flow::{Answer, Dialect, Flow, Origin, Source},
-    model::Protocol,
+    model::{LocalDetector, Protocol},
     oracle::Policy,
     rules::iptables::Config,
     snapshot::ClusterSnapshot,
@@ -52,19 +52,19 @@ impl Paper {
         }
         let mut cluster = ClusterSnapshot::default();
         events.into_iter().for_each(|event| drop(cluster.apply(event)));
-        let cluster_cidrs = CLUSTER_CIDR.split(',').map(|range| range.parse().expect("a range")).collect();
+        let pods = LocalDetector::Ranges(CLUSTER_CIDR.split(',').map(|range| range.parse().expect("a range")).collect());
         let nodes = [1, 2].map(|node| {
             let addresses = [node_ip(node), node_ip6(node)].map(|addr| parse(&addr)).to_vec();
             let view = NodeView { name: format!("node{node}").into(), zone: None, addresses };
             let table = compile(&cluster, &view, &CompileConfig::default()).table;
             PaperNode { view, table }
         });
-        Ok(Self { cluster, policy: Policy { cluster_cidrs, ..Policy::default() }, nodes })
+        Ok(Self { cluster, policy: Policy { pods, ..Policy::default() }, nodes })
     }
 
     /// What the nodes' netfilter rules are made with.
     pub fn rules_config(&self) -> Config {
-        Config { cluster_cidrs: self.policy.cluster_cidrs.clone(), ..Config::default() }
+        Config { pods: self.policy.pods.clone(), ..Config::default() }
     }
 
     /// Asks every row in one mode, over TCP and UDP, and says which answers are wrong.

@@ -12,7 +12,7 @@ use crate::{
     rules::{
         Match, Net, Rule, Target,
         facts::Facts,
-        iptables::{Chain, Config, ServiceRules, Table},
+        iptables::{Chain, Config, ServiceRules, Table, from_others},
         names,
     },
     table::FrontendKind,
@@ -125,12 +125,10 @@ impl Writer<'_> {
     /// Who is masqueraded on the way to a ClusterIP: all, or who is no pod, or, if pods can't be told, this node, which
     /// takes the VIP as its source.
     fn cluster_ips_to_mark(&self) -> Vec<Match> {
-        let of_family = |range: &&ipnet::IpNet| Family::of(range.addr()) == self.family;
-        let pods = self.config.cluster_cidrs.iter().find(of_family);
         let mut matches = self.commented(Set::ClusterIp);
-        match pods {
+        match from_others(&self.config.pods, self.family) {
             _ if self.config.masquerade_all => {}
-            Some(pods) => matches.push(Match::NotSrc(Net::Range(*pods))),
+            Some(from_others) => matches.push(from_others),
             None => {
                 matches.pop();
                 matches.push(Match::InSet(Set::ClusterIp.name(self.family).into(), "src,dst"));

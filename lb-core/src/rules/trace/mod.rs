@@ -66,8 +66,8 @@ struct Packet {
     translated: bool,
     /// The source will be rewritten.
     masqueraded: bool,
-    /// It entered through a port of a bridge: pods are taken to be bridged.
-    from_bridge_port: bool,
+    /// It came in from a pod: by the device that rules ask for, and by a port of a bridge.
+    from_pod: bool,
     /// The virtual server that it was sent to.
     server: Option<FrontendAddr>,
 }
@@ -82,7 +82,7 @@ impl Packet {
             mark: 0,
             translated: false,
             masqueraded: false,
-            from_bridge_port: matches!(flow.origin, Origin::Pod | Origin::PodSocket),
+            from_pod: matches!(flow.origin, Origin::Pod | Origin::PodSocket),
             server: None,
         }
     }

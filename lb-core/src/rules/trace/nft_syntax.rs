@@ -44,6 +44,9 @@ pub(super) enum Test {
     SrcIn(Vec<IpNet>),
     SrcNotIn(Vec<IpNet>),
     SrcLocal,
+    /// By the device it came in from: rules ask for pods' devices only.
+    FromPod,
+    NotFromPod,
     Protocol(Protocol),
     New,
     MarkIsClear(u32),
@@ -214,6 +217,14 @@ fn statement(words: &mut Words<'_>) -> Result<Statement, String> {
             "saddr" => source(words)?,
             other => return Err(format!("field {other}")),
         },
+        "iifname" => {
+            let not = words.next_is("!=");
+            if not {
+                words.any()?;
+            }
+            words.any()?;
+            Statement::Is(if not { Test::NotFromPod } else { Test::FromPod })
+        }
         "meta" => {
             words.expect("l4proto")?;
             if words.next_is(".") {

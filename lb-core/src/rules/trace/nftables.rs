@@ -207,6 +207,8 @@ impl Rules<'_> {
             Test::SrcIn(nets) => nets.iter().any(|net| net.contains(&packet.source)),
             Test::SrcNotIn(nets) => !nets.iter().any(|net| net.contains(&packet.source)),
             Test::SrcLocal => self.is_own(packet.source),
+            Test::FromPod => packet.from_pod,
+            Test::NotFromPod => !packet.from_pod,
             Test::Protocol(protocol) => *protocol == packet.protocol,
             // Each flow is followed by its first packet.
             Test::New => true,
