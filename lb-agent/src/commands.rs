@@ -1,16 +1,21 @@
 //! What each command does.
 
-use std::{io::IsTerminal, process::ExitCode, time::Duration};
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use lb_core::{
     model::Family,
     rules::{self, incremental::Transaction},
 };
+use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    args::{self, Args, CleanupArgs, Command, DiffArgs, ListCommand, LogFormat, Output},
+    args::{
+        self, Args, CleanupArgs, Command, ConfigCommand, DiffArgs, Instead, ListCommand, LogFormat, Output,
+        RunArgs,
+    },
+    config::{self, File, kube_proxy::Logging},
     datapath::{
         ebpf::{attach, drain, inspect, maps::Pins},
         iptables::{self, exec::Programs},
@@ -25,18 +30,14 @@ use crate::{
 
 /// Runs a command.
 pub fn main(args: Args) -> Result<ExitCode> {
-    start_log(&args)?;
     let pins = Pins::new(&args.bpf_root);
+    let file = match &args.command {
+        Command::Run(options) => options.policy.file()?,
+        _ => File::default(),
+    };
+    start_log(&args, &file)?;
     let done = match args.command {
-        Command::Run(options) => {
-            let config = options.resolve(&args.bpf_root)?;
-            let runtime = tokio::runtime::Builder::new_multi_thread()
-                .worker_threads(2)
-                .enable_all()
-                .build()
-                .context("start the async runtime")?;
-            runtime.block_on(run::run(config))
-        }
+        Command::Run(options) => run(*options, file, args.bpf_root, &pins),
         Command::Probe(options) => {
             let facts = Facts::read(&args.bpf_root, &args::cgroup_root(options.cgroup_root));
             probe::report(&facts, options.output.output)
@@ -44,6 +45,10 @@ pub fn main(args: Args) -> Result<ExitCode> {
         Command::Diff(options) => return Ok(diff(*options, &pins)),
         Command::Cleanup(options) => cleanup(&options, &pins),
         Command::Render(options) => render::render(&options),
+        Command::Config { command: ConfigCommand::Check { file, all } } => {
+            print!("{}", config::check(&file, all)?);
+            Ok(())
+        }
         Command::Status(options) => status(&pins, options.output),
         Command::Service { command: ListCommand::List(options) } => {
             check_pinned(&pins)?;
@@ -59,6 +64,36 @@ pub fn main(args: Args) -> Result<ExitCode> {
         }
     };
     done.map(|()| ExitCode::SUCCESS)
+}
+
+/// Serves, or does what kube-proxy's options ask for instead.
+fn run(options: RunArgs, file: File, bpf_root: PathBuf, pins: &Pins) -> Result<()> {
+    let configuration = options.configuration(&file);
+    if let Some(path) = &options.policy.config {
+        file.warn(path);
+    }
+    let without_meaning = options.without_meaning().join(", ");
+    if !without_meaning.is_empty() {
+        warn!(options = without_meaning, "have no meaning here; `lb-agent config check --all` says why");
+    }
+    let settings = config::settings(&configuration)?;
+    match options.instead() {
+        Some(Instead::Cleanup) => cleanup(&CleanupArgs::of_kube_proxy(), pins),
+        Some(Instead::Init) => {
+            config::set_conntrack(&settings.conntrack);
+            Ok(())
+        }
+        Some(Instead::WriteConfig(path)) => config::write(&configuration, &path),
+        None => {
+            config::set_oom_score(settings.oom_score_adj);
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .context("start the async runtime")?;
+            runtime.block_on(run::run(options, file, bpf_root))
+        }
+    }
 }
 
 /// 0: no differences, 1: some, 2: they can't be told.
@@ -196,13 +231,23 @@ fn check_pinned(pins: &Pins) -> Result<()> {
     Ok(())
 }
 
-fn start_log(args: &Args) -> Result<()> {
-    let filter = EnvFilter::try_new(&args.log).with_context(|| format!("--log {}", args.log))?;
+/// Logs as the options say, or as kube-proxy's options and fields ask for.
+fn start_log(args: &Args, file: &File) -> Result<()> {
+    let logging = match &args.command {
+        Command::Run(options) => options.configuration(file).logging,
+        _ => Logging::default(),
+    };
+    let directives = match logging.verbosity.unwrap_or(0) {
+        8.. if args.log == args::DEFAULT_LOG => "trace",
+        4.. if args.log == args::DEFAULT_LOG => "debug",
+        _ => &args.log,
+    };
+    let filter = EnvFilter::try_new(directives).with_context(|| format!("--log {directives}"))?;
     let ansi = std::io::stderr().is_terminal();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
     match args.log_format {
-        LogFormat::Text => log.with_target(false).init(),
-        LogFormat::Json => log.json().init(),
+        LogFormat::Text if logging.format.as_deref() != Some("json") => log.with_target(false).init(),
+        LogFormat::Text | LogFormat::Json => log.json().init(),
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 
 pub mod args;
 pub mod commands;
+pub mod config;
 pub mod conntrack;
 pub mod convert;
 pub mod datapath;

@@ -3,10 +3,10 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use lb_agent::args::Args;
+use lb_agent::args::{Args, command_line};
 
 fn main() -> ExitCode {
-    match lb_agent::commands::main(Args::parse()) {
+    match lb_agent::commands::main(Args::parse_from(command_line(std::env::args_os()))) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("lb-agent: {error:#}");

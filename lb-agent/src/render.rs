@@ -29,7 +29,8 @@ pub fn render(options: &RenderArgs) -> Result<()> {
 pub fn text(options: &RenderArgs) -> Result<String> {
     let (events, file_warnings) = Manifests::new(options.manifests.clone()).scan()?;
     let view = NodeView { name: options.node_name.as_str().into(), ..NodeView::default() };
-    let mut compiler = Compiler::new(options.policy.compile(options.mode), view);
+    let settings = options.policy.settings()?;
+    let mut compiler = Compiler::new(settings.compile(options.mode), view);
     events.into_iter().for_each(|event| compiler.apply(event));
     let Some(node) = compiler.snapshot().node(&options.node_name) else {
         let known: Vec<&str> = compiler.snapshot().nodes().map(|node| &*node.name).collect();
@@ -41,7 +42,7 @@ pub fn text(options: &RenderArgs) -> Result<String> {
             if known.is_empty() { "none".to_owned() } else { known.join(", ") }
         );
     };
-    let addresses = node.addresses.clone();
+    let (addresses, pod_cidrs) = (node.addresses.clone(), node.pod_cidrs.clone());
     let own = addresses.clone();
     compiler.set_addresses(addresses);
     compiler.compile();
@@ -50,7 +51,7 @@ pub fn text(options: &RenderArgs) -> Result<String> {
         warn!(object = %warning.object, field = %warning.field, problem = %warning.problem, "look at this");
     }
     let table = compiler.table();
-    let rules = options.policy.rules();
+    let rules = settings.rules_of(options.mode, &pod_cidrs);
     Ok(match options.mode {
         Mode::Ebpf => table.to_string(),
         Mode::Iptables => [Family::V4, Family::V6]
@@ -66,7 +67,7 @@ pub fn text(options: &RenderArgs) -> Result<String> {
                 .map(|family| {
                     let chains = incremental::Rules::all(table, family, &rules);
                     let sets = Set::ALL.map(|set| format!("{}\n", set.create(family))).concat();
-                    let servers = Servers::all(table, family, options.policy.ipvs_scheduler()).text(source);
+                    let servers = Servers::all(table, family, settings.ipvs.scheduler).text(source);
                     format!(
                         "# {family}\n# ipset restore\n{sets}# iptables-restore --noflush\n{chains}{servers}"
                     )

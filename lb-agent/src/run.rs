@@ -7,23 +7,27 @@ use std::{
     collections::BTreeMap,
     net::IpAddr,
     os::fd::AsRawFd,
+    path::PathBuf,
     sync::{Arc, mpsc as std_mpsc},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow};
+use ipnet::IpNet;
 use lb_common::abi::{DeviceValue, NodeConfig, device_flags, node_flags};
 use lb_core::{
     compile::{Compiler, NodeView},
     model::{Event, Warning},
+    rules,
     table::Changes,
 };
 use tokio::sync::{Notify, mpsc};
 use tracing::{info, warn};
 
 use crate::{
-    args::{Config, Mode, SourceConfig},
+    args::{Config, Mode, RunArgs, SourceConfig},
+    config::{self, File, settings::DetectLocal, watch::Watched},
     datapath::{
         Datapath,
         ebpf::{
@@ -59,13 +63,33 @@ pub enum Input {
 /// Reports that may wait for the programming thread.
 const QUEUE: usize = 256;
 
-/// Serves the node until SIGTERM or SIGINT. The datapath goes on serving after that.
-pub async fn run(config: Config) -> Result<()> {
+/// Serves the node until SIGTERM or SIGINT; a new configuration makes it begin anew. The datapath goes on serving all the
+/// while, and after that.
+pub async fn run(options: RunArgs, mut file: File, bpf_root: PathBuf) -> Result<()> {
+    let health = Arc::new(Health::default());
+    let mut config = options.resolve(&file, &bpf_root)?;
+    loop {
+        match serve(&config, &options, &file, health.clone()).await? {
+            Ended::Stopped => return Ok(()),
+            Ended::Reconfigured(changed) => (config, file) = *changed,
+        }
+    }
+}
+
+/// Why serving ended.
+enum Ended {
+    /// A signal.
+    Stopped,
+    /// A new configuration, and the file that it is from.
+    Reconfigured(Box<(Config, File)>),
+}
+
+async fn serve(config: &Config, options: &RunArgs, file: &File, health: Arc<Health>) -> Result<Ended> {
     let pins = Pins::new(&config.bpf_root);
-    let mut netlink = Netlink::connect(config.devices.clone())?;
+    let mut netlink = Netlink::connect(config.settings.devices.clone())?;
     let network = netlink.read().await?;
     let mut host = match config.mode {
-        Mode::Ebpf if !config.dry_run => Some(Host::start(&config, &pins)?),
+        Mode::Ebpf if !config.dry_run => Some(Host::start(config, &pins)?),
         Mode::Ebpf | Mode::Nftables | Mode::Iptables | Mode::Ipvs => None,
     };
     let follow = |host: &mut Option<Host>, network: &HostNetwork| {
@@ -73,16 +97,12 @@ pub async fn run(config: Config) -> Result<()> {
     };
     follow(&mut host, &network)?;
 
-    let health = Arc::new(Health::default());
     let (inputs, thread_inputs) = std_mpsc::channel();
-    let datapath: Box<dyn Datapath> = match config.mode {
-        _ if config.dry_run => Box::new(DryRun::open(&config, &pins, health.clone())?),
-        Mode::Ebpf => Box::new(EbpfDatapath::open(&pins)?),
-        Mode::Nftables => Box::new(NftablesDatapath::open(&config.rules)?),
-        Mode::Iptables => Box::new(IptablesDatapath::open(config.rules.clone())?),
-        Mode::Ipvs => Box::new(IpvsDatapath::open(config.rules.clone(), config.ipvs)?),
-    };
+    let datapath = open_datapath(config, &config.rules, &health)?;
     warn_of_forwarding();
+    if !config.dry_run {
+        config::set_conntrack(&config.settings.conntrack);
+    }
     let programmed = Arc::new(Notify::new());
     let worker = {
         let (config, health, programmed) = (config.clone(), health.clone(), programmed.clone());
@@ -95,8 +115,10 @@ pub async fn run(config: Config) -> Result<()> {
     send(Input::Addresses(network.addresses.clone()))?;
 
     let (reports, mut reported) = mpsc::channel(QUEUE);
-    let mut source = tokio::spawn(start_source(&config, reports));
-    serve::start(config.healthz, config.metrics, health, pins.clone()).await?;
+    let mut source = tokio::spawn(start_source(config, reports));
+    let (healthz, metrics) = (config.settings.healthz, config.settings.metrics);
+    let _servers = serve::start(healthz, metrics, health, pins.clone()).await?;
+    let mut configuration = Watched::new(options, file, &config.bpf_root);
     let mut stop = Stop::new()?;
     let mut addresses = network.addresses;
     let result = loop {
@@ -124,9 +146,10 @@ pub async fn run(config: Config) -> Result<()> {
                 }
             },
             ended = &mut source => break ended.context("the source panicked")?.and(Err(anyhow!("the source ended"))),
+            changed = configuration.changed() => break Ok(Ended::Reconfigured(Box::new(changed))),
             signal = stop.wait() => {
                 info!(signal, "stopping; the kernel goes on serving");
-                break Ok(());
+                break Ok(Ended::Stopped);
             }
         }
     };
@@ -134,6 +157,22 @@ pub async fn run(config: Config) -> Result<()> {
     let _ = inputs.send(Input::Shutdown);
     worker.join().map_err(|_| anyhow!("the programming thread panicked"))?;
     result
+}
+
+/// What carries tables out, with these rules.
+fn open_datapath(
+    config: &Config,
+    rules: &rules::iptables::Config,
+    health: &Arc<Health>,
+) -> Result<Box<dyn Datapath>> {
+    let pins = Pins::new(&config.bpf_root);
+    Ok(match config.mode {
+        _ if config.dry_run => Box::new(DryRun::open(config, rules, &pins, health.clone())?),
+        Mode::Ebpf => Box::new(EbpfDatapath::open(&pins)?),
+        Mode::Nftables => Box::new(NftablesDatapath::open(rules)?),
+        Mode::Iptables => Box::new(IptablesDatapath::open(rules.clone())?),
+        Mode::Ipvs => Box::new(IpvsDatapath::open(rules.clone(), config.ipvs)?),
+    })
 }
 
 async fn start_source_kubernetes(kubernetes: Kubernetes, reports: mpsc::Sender<Report>) -> Result<()> {
@@ -187,7 +226,7 @@ impl Host {
             None => objects::NORMAL,
         };
         objects.check()?;
-        let mut programs = Programs::load(pins, &objects, config.sizes)?;
+        let mut programs = Programs::load(pins, &objects, config.settings.sizes)?;
         if let Some(filter) = config.trace {
             start_trace(&mut programs, filter)?;
         }
@@ -206,7 +245,7 @@ impl Host {
             snat_port_count,
             ..NodeConfig::default()
         };
-        let mut attacher = Attacher::new(pins.clone(), programs, config.modes);
+        let mut attacher = Attacher::new(pins.clone(), programs, config.settings.modes);
         match &config.cgroup_root {
             Ok(root) => attacher.attach_cgroup(root)?,
             Err(reason) => {
@@ -306,7 +345,10 @@ pub struct Worker {
     health: Arc<Health>,
     /// Told once the maps hold the whole cluster.
     programmed: Arc<Notify>,
+    /// Least time between two writes.
     interval: Duration,
+    /// With `detectLocalMode: NodeCIDR`, what the rules are made with.
+    by_pod_cidrs: Option<ByPodCidrs>,
     /// What other modes left; a dry run leaves it alone.
     retire: Option<Retire>,
     /// Changes since the last success.
@@ -316,6 +358,19 @@ pub struct Worker {
     warnings: BTreeMap<String, Vec<Warning>>,
     told: Vec<Warning>,
     refused: Vec<String>,
+}
+
+/// How rules follow the ranges of this node's pods.
+struct ByPodCidrs {
+    config: Config,
+    known: Option<Vec<IpNet>>,
+}
+
+impl ByPodCidrs {
+    fn new(config: &Config) -> Option<Self> {
+        let needed = config.settings.detect_local == DetectLocal::NodeCidr && config.mode != Mode::Ebpf;
+        needed.then(|| Self { config: config.clone(), known: None })
+    }
 }
 
 /// How often other modes are asked whether their connections have ended.
@@ -338,7 +393,8 @@ impl Worker {
             datapath,
             health,
             programmed,
-            interval: Duration::from_millis(config.min_sync_interval_ms),
+            interval: config.min_sync_period,
+            by_pod_cidrs: ByPodCidrs::new(config),
             retire: (!config.dry_run)
                 .then(|| Retire::new(config.mode, Pins::new(&config.bpf_root), config.replace_kube_proxy)),
             pending: Changes::default(),
@@ -356,6 +412,7 @@ impl Worker {
         let mut wait = RETRY.0;
         let mut first = true;
         let (mut checked, mut retired) = (Instant::now(), None);
+        let mut written: Option<Instant> = None;
         loop {
             let check_every = self.datapath.check_every();
             let patience = if self.is_retiring() { RETIRE_EVERY.min(check_every) } else { check_every };
@@ -364,8 +421,9 @@ impl Worker {
                 Ok(Input::Shutdown) | Err(std_mpsc::RecvTimeoutError::Disconnected) => return,
                 Ok(input) => {
                     self.take(input);
-                    if !first {
-                        thread::sleep(self.interval);
+                    // At once after a quiet time; else what comes meanwhile is written together.
+                    if let Some(written) = written {
+                        thread::sleep(self.interval.saturating_sub(written.elapsed()));
                     }
                     while let Ok(input) = inputs.try_recv() {
                         if matches!(input, Input::Shutdown) {
@@ -385,7 +443,8 @@ impl Worker {
             if !(self.synced && self.addressed) {
                 continue;
             }
-            match self.sync(first) {
+            written = Some(Instant::now());
+            match self.follow_pod_cidrs().and_then(|()| self.sync(first)) {
                 Ok(()) => {
                     if first {
                         self.programmed.notify_one();
@@ -426,6 +485,22 @@ impl Worker {
             }
             Input::Shutdown => {}
         }
+    }
+
+    /// Rules that know pods by this node's ranges are made with those of its Node object, and made anew if they change.
+    fn follow_pod_cidrs(&mut self) -> Result<()> {
+        let Some(by) = &mut self.by_pod_cidrs else { return Ok(()) };
+        let cidrs = self.compiler.node().map(|node| node.pod_cidrs.clone()).unwrap_or_default();
+        if by.known.as_ref() != Some(&cidrs) {
+            if cidrs.is_empty() {
+                warn!(node = %by.config.node_name, "its Node has no podCIDRs, by which detectLocalMode NodeCIDR would tell pods: nobody is masqueraded on the way to ClusterIPs");
+            }
+            let rules = by.config.settings.rules_of(by.config.mode, &cidrs);
+            self.datapath = open_datapath(&by.config, &rules, &self.health)?;
+            by.known = Some(cidrs);
+            self.pending = Changes::all(self.compiler.table());
+        }
+        Ok(())
     }
 
     /// Compiles and programs what changed.

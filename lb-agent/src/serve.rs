@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use axum::{Json, Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
 use lb_core::table::ServiceTable;
 use serde_json::json;
+use tokio::task::JoinSet;
 
 use crate::{
     datapath::ebpf::maps::{Pins, metrics},
@@ -80,23 +81,33 @@ struct Shared {
 }
 
 /// Starts both servers.
-pub async fn start(healthz: SocketAddr, metrics: SocketAddr, health: Arc<Health>, pins: Pins) -> Result<()> {
+///
+/// They end when what is returned is dropped.
+pub async fn start(
+    healthz: SocketAddr,
+    metrics: SocketAddr,
+    health: Arc<Health>,
+    pins: Pins,
+) -> Result<JoinSet<std::io::Result<()>>> {
+    let mut servers = JoinSet::new();
     let shared = Shared { health, pins };
     let health_router = Router::new().route("/healthz", get(health_page)).route("/livez", get(live_page));
-    serve(healthz, "--healthz-bind-address", health_router.with_state(shared.clone())).await?;
-    serve(
-        metrics,
-        "--metrics-bind-address",
-        Router::new().route("/metrics", get(metrics_page)).with_state(shared),
-    )
-    .await
+    serve(&mut servers, healthz, "--healthz-bind-address", health_router.with_state(shared.clone())).await?;
+    let metrics_router = Router::new().route("/metrics", get(metrics_page)).with_state(shared);
+    serve(&mut servers, metrics, "--metrics-bind-address", metrics_router).await?;
+    Ok(servers)
 }
 
-async fn serve(addr: SocketAddr, option: &str, router: Router) -> Result<()> {
+async fn serve(
+    servers: &mut JoinSet<std::io::Result<()>>,
+    addr: SocketAddr,
+    option: &str,
+    router: Router,
+) -> Result<()> {
     let listener = tokio::net::TcpListener::bind(addr).await.with_context(|| {
         format!("listen on {addr}: is another proxy running? choose another with {option}")
     })?;
-    tokio::spawn(async move { axum::serve(listener, router).await });
+    servers.spawn(async move { axum::serve(listener, router).await });
     Ok(())
 }
 

@@ -34,8 +34,8 @@ fn table(case: &str) -> String {
     let (events, file_warnings) = Manifests::new(dir.clone()).scan().unwrap();
     let view = NodeView {
         name: "node1".into(),
-        zone: None,
         addresses: ["192.0.2.11", "2001:db8::11"].map(|addr| addr.parse().unwrap()).to_vec(),
+        ..NodeView::default()
     };
     let mut compiler = Compiler::new(CompileConfig::default(), view);
     events.into_iter().for_each(|event| compiler.apply(event));

@@ -305,6 +305,33 @@ impl LocalDetector {
     }
 }
 
+/// Node addresses that answer NodePorts (kube-proxy `nodePortAddresses`). In a family that none of them is of, all do
+/// (kube-proxy `pkg/proxy/util/nodeport_addresses.go`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodePortAddress {
+    /// The first address of each family in the Node object; nothing for a family of which it has none.
+    Primary,
+    /// Addresses in this range.
+    Range(IpNet),
+}
+
+impl NodePortAddress {
+    /// It says something about a family.
+    pub fn is_of(&self, family: Family) -> bool {
+        match self {
+            Self::Primary => true,
+            Self::Range(range) => Family::of(range.addr()) == family,
+        }
+    }
+
+    /// Some addresses of a family answer NodePorts, others may not.
+    pub fn select(all: &[Self], family: Family) -> bool {
+        let mut of_family = all.iter().filter(|one| one.is_of(family)).peekable();
+        of_family.peek().is_some()
+            && of_family.all(|one| !matches!(one, Self::Range(range) if range.prefix_len() == 0))
+    }
+}
+
 /// One change of the cluster, as every source reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {

@@ -234,7 +234,7 @@ impl Cluster {
             .arg("--cgroup-root")
             .arg(cgroup)
             // Named, so that no agent has to try what works: `--mode auto` is for who asks for it.
-            .args(["--mode", "ebpf"].iter().filter(|_| !self.agent_options.iter().any(|o| o == "--mode")))
+            .args(["--mode", "ebpf"].iter().filter(|_| !self.names_mode()))
             .args(&self.agent_options)
             .stdout(Stdio::null())
             .stderr(log);
@@ -242,6 +242,10 @@ impl Cluster {
             command.env("PATH", path);
         }
         command.spawn().context("start lb-agent")
+    }
+
+    fn names_mode(&self) -> bool {
+        self.agent_options.iter().any(|option| ["--mode", "--config"].contains(&option.as_str()))
     }
 
     fn wait_until_healthy(&mut self, node: u8) -> Result<()> {

@@ -1,6 +1,10 @@
 //! What packet tests, netns tests, the demo and the benchmarks share.
 
-use std::{io::Write, time::Duration};
+use std::{
+    io::Write,
+    thread,
+    time::{Duration, Instant},
+};
 
 pub mod cluster;
 pub mod flows;
@@ -13,6 +17,19 @@ pub mod packet;
 pub fn patience(limit: Duration) -> Duration {
     let factor = std::env::var("LB_TEST_SLOW").ok().and_then(|text| text.parse().ok());
     limit * factor.unwrap_or(1)
+}
+
+/// Waits for something to hold.
+///
+/// # Panics
+///
+/// If it doesn't within `limit`, as this machine needs it.
+pub fn until(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience(limit);
+    while !holds() {
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Are we in the test VM? If not, says that this test needs it.

@@ -151,8 +151,8 @@ impl Node {
         maps.set_devices(&[(eth0, DeviceValue { flags: device_flags::XDP_TARGET, addr4, addr6 })])?;
         let view = NodeView {
             name: "node-1".into(),
-            zone: None,
             addresses: vec![IpAddr::from(addr4), IpAddr::from(addr6)],
+            ..NodeView::default()
         };
         let config = CompileConfig { localhost_node_ports: false, ..CompileConfig::default() };
         let mut node =

@@ -1,13 +1,10 @@
 //! Rules of netfilter: they come, are kept, change hands and go, and nobody else's are touched.
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{path::Path, time::Duration};
 
 use lb_test::{
     cluster::{Cluster, Cni, node_ip, pod_ip, pod_ip6},
-    netns, patience,
+    netns,
 };
 
 const EBPF: [&str; 2] = ["--mode", "ebpf"];
@@ -55,15 +52,7 @@ fn add_service(cluster: &Cluster) {
 }
 
 fn until(what: &str, holds: impl FnMut() -> bool) {
-    until_within(Duration::from_secs(10), what, holds);
-}
-
-fn until_within(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + patience(limit);
-    while !holds() {
-        assert!(Instant::now() < deadline, "in vain: {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    lb_test::until(what, Duration::from_secs(10), holds);
 }
 
 /// Whatever `render` prints, the programs take: the goldens are loaded as they stand.
@@ -164,7 +153,7 @@ fn what_somebody_flushes_comes_back() {
     let comes_back = || {
         assert!(!served("pod22"));
         // What has gone is noticed once in 30 s.
-        until_within(Duration::from_secs(45), "all is served again", || served("pod12") && served("pod22"));
+        lb_test::until("all is served again", Duration::from_secs(45), || served("pod12") && served("pod22"));
     };
     flush("node1", "iptables", "-t nat -F");
     flush("node2", "nft", "flush table ip kube-proxy");
@@ -256,7 +245,7 @@ fn modes_replace_each_other() {
         }
         start(&mut cluster, options);
         // BPF programs stay until their last connection has been closed for a while.
-        until_within(Duration::from_secs(40), &format!("{options:?}: only its own is left"), || {
+        lb_test::until(&format!("{options:?}: only its own is left"), Duration::from_secs(40), || {
             left(&cluster) == expected
         });
         served(&cluster);

@@ -8,7 +8,7 @@ use std::{
 
 use lb_test::{
     cluster::{Cluster, Cni, finish, node_ip, node_ip6, pod_ip, pod_ip6},
-    netns,
+    netns, until,
 };
 
 const EBPF: &[&str] = &["--mode", "ebpf"];
@@ -55,14 +55,6 @@ fn change_mode(cluster: &mut Cluster, options: &[&str]) {
         cluster.stop_agent(node, libc::SIGTERM).unwrap();
     }
     start(cluster, options);
-}
-
-fn until(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + limit;
-    while !holds() {
-        assert!(Instant::now() < deadline, "in vain: {what}");
-        std::thread::sleep(Duration::from_millis(200));
-    }
 }
 
 fn tables(cluster: &Cluster) -> String {

@@ -1,12 +1,12 @@
 //! The ipvs mode on a kernel that has IPVS: the outage that kube-proxy's brings about can't happen, connections end by
 //! themselves, and what is somebody else's stays.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lb_core::flow::Dialect;
 use lb_test::{
     cluster::{Cluster, Cni, node_ip, node_ip6, pod_ip, pod_ip6},
-    flows, in_vm, netns, patience,
+    flows, in_vm, netns, patience, until,
 };
 
 const IPVS: [&str; 4] = ["--mode", "ipvs", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
@@ -53,14 +53,6 @@ fn apply(cluster: &Cluster, pods: &[&str]) {
 fn start(cluster: &mut Cluster, options: &[&str]) {
     cluster.agent_options = options.iter().map(ToString::to_string).collect();
     cluster.start_agents(&[1, 2]).expect("agents");
-}
-
-fn until(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + patience(limit);
-    while !holds() {
-        assert!(Instant::now() < deadline, "in vain: {what}");
-        std::thread::sleep(Duration::from_millis(200));
-    }
 }
 
 fn on_node1(cluster: &Cluster, words: &str) -> String {

@@ -42,8 +42,9 @@ pub fn diff(options: DiffArgs, pins: &Pins) -> Result<bool> {
     })?;
     let source = SourceConfig::new(options.manifests, options.kubeconfig, options.context);
     let (events, mut warnings) = runtime.block_on(objects(source, &name))?;
-    let view = NodeView { name: name.as_str().into(), addresses, zone: None };
-    let mut compiler = Compiler::new(options.policy.compile(mode), view);
+    let view = NodeView { name: name.as_str().into(), addresses, zone: None, ..NodeView::default() };
+    let settings = options.policy.settings()?;
+    let mut compiler = Compiler::new(settings.compile(mode), view);
     events.into_iter().for_each(|event| compiler.apply(event));
     compiler.compile();
     if compiler.snapshot().node(&name).is_none() {
@@ -53,7 +54,8 @@ pub fn diff(options: DiffArgs, pins: &Pins) -> Result<bool> {
     for warning in warnings {
         warn!(object = %warning.object, field = %warning.field, problem = %warning.problem, "look at this");
     }
-    let mut drift = open(mode, pins, &options.policy.rules(), options.policy.ipvs_scheduler())?;
+    let pod_cidrs = compiler.snapshot().node(&name).map(|node| node.pod_cidrs.clone()).unwrap_or_default();
+    let mut drift = open(mode, pins, &settings.rules_of(mode, &pod_cidrs), settings.ipvs.scheduler)?;
     let table = compiler.table();
     let desired = drift.desired(table, &Changes::all(table))?;
     let differences = compare(&desired, &drift.actual()?);

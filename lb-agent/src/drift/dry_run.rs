@@ -3,7 +3,10 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use anyhow::Result;
-use lb_core::table::{Changes, ServiceTable};
+use lb_core::{
+    rules::iptables::Config as Rules,
+    table::{Changes, ServiceTable},
+};
 use tracing::{info, warn};
 
 use super::{Difference, Drift, Listing, compare, open};
@@ -31,8 +34,8 @@ const LINES: usize = 20;
 
 impl DryRun {
     /// Prepares a comparison.
-    pub fn open(config: &Config, pins: &Pins, health: Arc<Health>) -> Result<Self> {
-        let drift = open(config.mode, pins, &config.rules, config.ipvs.scheduler)?;
+    pub fn open(config: &Config, rules: &Rules, pins: &Pins, health: Arc<Health>) -> Result<Self> {
+        let drift = open(config.mode, pins, rules, config.ipvs.scheduler)?;
         Ok(Self { mode: config.mode, drift, health, desired: None, told: BTreeSet::new() })
     }
 

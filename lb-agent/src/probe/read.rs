@@ -389,7 +389,12 @@ fn iptables(scratch: &Place) -> Vec<(What, Finding)> {
 /// A table that needs every kind of rule: affinity, policy Local, a port on the node.
 fn sample() -> ServiceTable {
     let own = "192.0.2.1".parse().ok();
-    let view = NodeView { name: "node-1".into(), addresses: own.into_iter().collect(), zone: None };
+    let view = NodeView {
+        name: "node-1".into(),
+        addresses: own.into_iter().collect(),
+        zone: None,
+        ..NodeView::default()
+    };
     let mut compiler = Compiler::new(CompileConfig::default(), view);
     let mut service = synthetic::service(0);
     service.affinity_secs = Some(10);

@@ -17,7 +17,7 @@ use serde::Deserialize;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
-use super::{Report, Reports, Source};
+use super::{Report, Reports, Source, is_change};
 use crate::convert;
 
 /// Files are read again this often even without news: some file systems give none.
@@ -238,9 +238,11 @@ fn file_warning(path: &Path, field: &str, problem: String) -> Warning {
 impl Source for Manifests {
     async fn run(mut self, reports: Reports) -> Result<()> {
         let (wake, mut woken) = mpsc::channel(1);
-        let mut watcher = notify::recommended_watcher(move |_| {
-            // Full: a wake-up is on its way already.
-            let _ = wake.try_send(());
+        let mut watcher = notify::recommended_watcher(move |event| {
+            if is_change(event) {
+                // Full: a wake-up is on its way already.
+                let _ = wake.try_send(());
+            }
         })
         .context("watch for file changes")?;
         watcher

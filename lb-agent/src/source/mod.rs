@@ -4,6 +4,10 @@ pub mod kubernetes;
 pub mod manifests;
 
 use lb_core::model::{Event, Warning};
+use notify::{
+    EventKind,
+    event::{AccessKind, AccessMode},
+};
 use tokio::sync::mpsc;
 
 /// What a source reports.
@@ -16,6 +20,13 @@ pub enum Report {
     /// What is wrong with the objects of one origin (a file, an object), replacing what was said of it before.
     Warnings(String, Vec<Warning>),
 }
+
+/// Something was written: reading is news to inotify, too, and would lead to reading again.
+pub fn is_change(event: notify::Result<notify::Event>) -> bool {
+    event.is_ok_and(|event| !event.kind.is_access() || event.kind == CLOSED_AFTER_WRITING)
+}
+
+const CLOSED_AFTER_WRITING: EventKind = EventKind::Access(AccessKind::Close(AccessMode::Write));
 
 /// Where a source sends its reports; the agent ends when nobody listens.
 pub type Reports = mpsc::Sender<Report>;

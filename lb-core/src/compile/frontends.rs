@@ -11,7 +11,7 @@ use ipnet::IpNet;
 
 use super::{CompileConfig, NodeView, endpoints};
 use crate::{
-    model::{EndpointSlice, Family, Protocol, Service, ServicePort, TrafficPolicy, Warning},
+    model::{EndpointSlice, Family, NodePortAddress, Protocol, Service, ServicePort, TrafficPolicy, Warning},
     table::{
         BackendList, Frontend, FrontendAddr, FrontendKind, Masquerade, NoBackends, Scope, ServiceEntry,
         ServicePortId,
@@ -200,8 +200,17 @@ impl CompileConfig {
     /// Where this node answers NodePorts.
     fn node_port_addresses(&self, node: &NodeView) -> Vec<(IpAddr, FrontendKind)> {
         let allowed = |addr: &IpAddr| {
-            self.node_port_addresses.is_empty()
-                || self.node_port_addresses.iter().any(|range| range.contains(addr))
+            let covers = |one: &NodePortAddress| match one {
+                NodePortAddress::Primary => node.primary.contains(addr),
+                NodePortAddress::Range(range) => range.contains(addr),
+            };
+            let family = Family::of(*addr);
+            let has_primary = node.primary.iter().any(|addr| Family::of(*addr) == family);
+            let counts = |one: &&NodePortAddress| {
+                one.is_of(family) && (has_primary || **one != NodePortAddress::Primary)
+            };
+            let mut said = self.node_port_addresses.iter().filter(counts).peekable();
+            said.peek().is_none() || said.any(covers)
         };
         let mut addrs: Vec<_> = node
             .addresses

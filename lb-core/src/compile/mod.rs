@@ -11,11 +11,9 @@ use std::{
     sync::Arc,
 };
 
-use ipnet::IpNet;
-
 use self::frontends::{Resolved, resolve, warning};
 use crate::{
-    model::{Event, ObjectName, Warning},
+    model::{Event, Family, Node, NodePortAddress, ObjectName, Warning},
     snapshot::{ClusterSnapshot, Dirty},
     table::{Changes, FrontendAddr, ServiceTable, VipKind},
 };
@@ -29,13 +27,17 @@ pub struct NodeView {
     pub zone: Option<Arc<str>>,
     /// Its live addresses, without loopback and link-local ones.
     pub addresses: Vec<IpAddr>,
+    /// The main one of each family; taken from its Node object when that is known.
+    pub primary: Vec<IpAddr>,
 }
 
 /// Choices of the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CompileConfig {
-    /// Ranges of node addresses that answer NodePorts; empty is all.
-    pub node_port_addresses: Vec<IpNet>,
+    /// Node addresses that answer NodePorts; empty is all.
+    pub node_port_addresses: Vec<NodePortAddress>,
+    /// The node's primary address of its family, whatever its Node object says (kube-proxy `bindAddress`).
+    pub node_ip: Option<IpAddr>,
     /// Answer NodePorts on 127.0.0.1 too, for the host's own processes.
     pub localhost_node_ports: bool,
     /// Masquerade all traffic to services.
@@ -48,6 +50,7 @@ impl Default for CompileConfig {
     fn default() -> Self {
         Self {
             node_port_addresses: Vec::new(),
+            node_ip: None,
             localhost_node_ports: true,
             masquerade_all: false,
             sctp: false,
@@ -129,6 +132,11 @@ impl Compiler {
         &self.table
     }
 
+    /// This node's Node object.
+    pub fn node(&self) -> Option<&Node> {
+        self.snapshot.node(&self.node.name)
+    }
+
     /// What is known of the cluster.
     pub fn snapshot(&self) -> &ClusterSnapshot {
         &self.snapshot
@@ -168,6 +176,11 @@ impl Compiler {
     fn take_node_facts(&mut self, changes: &mut Changes) {
         if let Some(node) = self.snapshot.node(&self.node.name) {
             self.node.zone.clone_from(&node.zone);
+            let of = |family| {
+                let chosen = self.config.node_ip.filter(|addr| Family::of(*addr) == family);
+                chosen.or_else(|| node.addresses.iter().copied().find(|addr| Family::of(*addr) == family))
+            };
+            self.node.primary = [Family::V4, Family::V6].into_iter().filter_map(of).collect();
         }
         self.node_addresses =
             self.snapshot.node_addresses().chain(self.node.addresses.iter().copied()).collect();

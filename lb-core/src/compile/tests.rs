@@ -56,7 +56,12 @@ fn slice(service: &str, endpoints: &[&str]) -> EndpointSlice {
 }
 
 fn node_view() -> NodeView {
-    NodeView { name: "node-1".into(), zone: Some("a".into()), addresses: vec![ip("192.0.2.1")] }
+    NodeView {
+        name: "node-1".into(),
+        zone: Some("a".into()),
+        addresses: vec![ip("192.0.2.1")],
+        primary: Vec::new(),
+    }
 }
 
 fn compiled(events: Vec<Event>) -> Compiled {
@@ -350,14 +355,27 @@ fn node_ports_answer_on_the_allowed_addresses() {
     let mut snapshot = ClusterSnapshot::default();
     snapshot.apply(Event::Service(web));
     let view = NodeView { addresses: vec![ip("192.0.2.1"), ip("10.0.0.1"), ip("fd00::1")], ..node_view() };
-    let rows: [(&[&str], &[&str]); 3] = [
+    let rows: [(&[&str], &[&str]); 6] = [
         (&[], &["10.0.0.1", "127.0.0.1", "192.0.2.1"]),
         (&["192.0.2.0/24"], &["192.0.2.1"]),
         (&["127.0.0.0/8", "10.0.0.0/8"], &["10.0.0.1", "127.0.0.1"]),
+        (&["fd00::/64"], &["10.0.0.1", "127.0.0.1", "192.0.2.1"]),
+        (&["primary"], &["10.0.0.1"]),
+        (&["primary", "192.0.2.1/32"], &["10.0.0.1", "192.0.2.1"]),
     ];
+    snapshot.apply(Event::Node(Node {
+        name: "node-1".into(),
+        addresses: vec![ip("fd00::1"), ip("10.0.0.1"), ip("192.0.2.1")],
+        zone: None,
+        pod_cidrs: Vec::new(),
+    }));
+    let address = |text: &&str| match *text {
+        "primary" => NodePortAddress::Primary,
+        range => NodePortAddress::Range(range.parse().unwrap()),
+    };
     for (ranges, expected) in rows {
         let config = CompileConfig {
-            node_port_addresses: ranges.iter().map(|range| range.parse().unwrap()).collect(),
+            node_port_addresses: ranges.iter().map(address).collect(),
             ..CompileConfig::default()
         };
         let table = compile(&snapshot, &view, &config).table;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use super::{Client, Dialled, Oracle, Via, endpoints::Endpoints, is_dialable, served};
 use crate::{
     flow::{Answer, Dialect, Flow, Origin},
-    model::{Family, Protocol, Service, TrafficPolicy},
+    model::{Family, NodePortAddress, Protocol, Service, TrafficPolicy},
 };
 
 impl Oracle<'_> {
@@ -31,10 +31,21 @@ impl Oracle<'_> {
     /// that is local, so on all of 127.0.0.0/8; the others on no loopback address. ::1 is never one: a packet with
     /// that source could not leave (kube-proxy `isZeroCIDR` and the rules at the end of KUBE-SERVICES).
     pub(super) fn answers_node_ports(&self, addr: IpAddr) -> bool {
-        let ranges = &self.policy.node_port_addresses;
-        let allowed = ranges.is_empty() || ranges.iter().any(|range| range.contains(&addr));
+        let family = Family::of(addr);
+        let says = |one: &&NodePortAddress| match one {
+            NodePortAddress::Primary => self.primary(family).is_some(),
+            NodePortAddress::Range(range) => Family::of(range.addr()) == family,
+        };
+        let said: Vec<&NodePortAddress> = self.policy.node_port_addresses.iter().filter(says).collect();
+        let allowed = said.is_empty()
+            || said.iter().any(|one| match one {
+                NodePortAddress::Primary => self.primary(family) == Some(addr),
+                NodePortAddress::Range(range) => range.contains(&addr),
+            });
+        let all = said.is_empty()
+            || said.iter().any(|one| matches!(one, NodePortAddress::Range(range) if range.prefix_len() == 0));
         let localhost = match self.dialect {
-            Dialect::Iptables if ranges.is_empty() => addr.is_ipv4() && addr.is_loopback(),
+            Dialect::Iptables if all => addr.is_ipv4() && addr.is_loopback(),
             Dialect::Iptables | Dialect::Ebpf => addr == Ipv4Addr::LOCALHOST,
             Dialect::Nftables | Dialect::Ipvs => false,
         };

@@ -15,15 +15,15 @@ use self::endpoints::Endpoints;
 use crate::{
     compile::NodeView,
     flow::{Answer, Dialect, Flow, Origin, Source},
-    model::{Family, LocalDetector, Service, ServicePort, TrafficPolicy},
+    model::{Family, LocalDetector, NodePortAddress, Service, ServicePort, TrafficPolicy},
     snapshot::ClusterSnapshot,
 };
 
 /// What the operator chose.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
-    /// Ranges of node addresses that answer NodePorts; empty is all.
-    pub node_port_addresses: Vec<IpNet>,
+    /// Node addresses that answer NodePorts; empty is all.
+    pub node_port_addresses: Vec<NodePortAddress>,
     /// Answer NodePorts on 127.0.0.1, where the mode can.
     pub localhost_node_ports: bool,
     /// Masquerade all traffic to ClusterIPs.
@@ -223,6 +223,12 @@ impl Oracle<'_> {
                 Some(matches!(flow.origin, Origin::Pod | Origin::PodSocket))
             }
         }
+    }
+
+    /// The first address of its family in the Node object.
+    fn primary(&self, family: Family) -> Option<IpAddr> {
+        let node = self.cluster.node(&self.node.name)?;
+        node.addresses.iter().copied().find(|addr| Family::of(*addr) == family)
     }
 
     fn is_own(&self, addr: IpAddr) -> bool {

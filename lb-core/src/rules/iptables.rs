@@ -15,7 +15,7 @@ use super::{
     names::{self, of_endpoint},
 };
 use crate::{
-    model::{Family, LocalDetector, Protocol},
+    model::{Family, LocalDetector, NodePortAddress, Protocol},
     table::{
         Backend, BackendList, Frontend, FrontendAddr, FrontendKind, ServiceEntry, ServicePortId, ServiceTable,
     },
@@ -30,8 +30,8 @@ pub struct Config {
     pub pods: LocalDetector,
     /// NodePorts answer on 127.0.0.1 too.
     pub localhost_node_ports: bool,
-    /// NodePorts answer on the table's NodePort addresses only, not on all of the node's.
-    pub node_ports_by_address: bool,
+    /// Node addresses that answer NodePorts, where they are not all.
+    pub node_port_addresses: Vec<NodePortAddress>,
     /// The bit of the packet mark that asks for masquerading (kube-proxy `--iptables-masquerade-bit`).
     pub masquerade_mark: u32,
     /// The kernel and iptables know `MASQUERADE --random-fully`.
@@ -61,7 +61,7 @@ impl Default for Config {
             masquerade_all: false,
             pods: LocalDetector::NONE,
             localhost_node_ports: true,
-            node_ports_by_address: false,
+            node_port_addresses: Vec::new(),
             masquerade_mark: 1 << 14,
             random_fully: true,
             drop_invalid: true,
@@ -481,7 +481,7 @@ fn to_node_ports(table: &ServiceTable, family: Family, config: &Config) -> Vec<R
         matches: [&[Match::Comment(text.into())][..], &matches].concat(),
         target: Some(Target::Jump(names::NODE_PORTS.into())),
     };
-    if config.node_ports_by_address {
+    if NodePortAddress::select(&config.node_port_addresses, family) {
         let mut addrs: Vec<_> = table
             .frontends
             .iter()

@@ -209,7 +209,8 @@ impl NftLoaded {
 
 #[test]
 fn nftables_too_end_where_writing_everything_does() {
-    let config = Config { pods: LocalDetector::Ranges(vec!["10.0.0.0/8".parse().unwrap()]), ..Config::default() };
+    let config =
+        Config { pods: LocalDetector::Ranges(vec!["10.0.0.0/8".parse().unwrap()]), ..Config::default() };
     let mut rules = nftables::Rules::new(Family::V4, config.clone());
     let mut loaded = NftLoaded::default();
     random_changes(|step, table, changes| {

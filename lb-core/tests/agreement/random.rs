@@ -9,9 +9,8 @@ use lb_core::{
     compile::{CompileConfig, NodeView},
     flow::{Dialect, Flow, Origin},
     model::{
-        LocalDetector,
-        Endpoint, EndpointSlice, Event, Family, Node, ObjectName, Protocol, Service, ServicePort,
-        ServiceType, SlicePort, TargetPort, TrafficPolicy,
+        Endpoint, EndpointSlice, Event, Family, LocalDetector, Node, NodePortAddress, ObjectName, Protocol,
+        Service, ServicePort, ServiceType, SlicePort, TargetPort, TrafficPolicy,
     },
     oracle::Policy,
     rules::iptables,
@@ -109,6 +108,7 @@ impl Scene {
             name: "node-1".into(),
             zone: None,
             addresses: OWN.iter().map(|addr| ip(addr)).collect(),
+            primary: Vec::new(),
         };
         Self { cluster, node, policy: policy(random) }
     }
@@ -118,6 +118,7 @@ impl Scene {
         CompileConfig {
             node_port_addresses: self.policy.node_port_addresses.clone(),
             localhost_node_ports: self.policy.localhost_node_ports,
+            node_ip: None,
             masquerade_all: self.policy.masquerade_all,
             sctp: dialect != Dialect::Ebpf,
         }
@@ -129,7 +130,7 @@ impl Scene {
             masquerade_all: self.policy.masquerade_all,
             pods: self.policy.pods.clone(),
             localhost_node_ports: self.policy.localhost_node_ports,
-            node_ports_by_address: !self.policy.node_port_addresses.is_empty(),
+            node_port_addresses: self.policy.node_port_addresses.clone(),
             ..iptables::Config::default()
         }
     }
@@ -166,8 +167,18 @@ impl Scene {
 }
 
 fn policy(random: &mut Random) -> Policy {
-    let node_port_addresses: &[&[&str]] =
-        &[&[], &[], &["192.0.2.0/24", "2001:db8::/32"], &["10.0.0.0/8", "127.0.0.0/8"]];
+    let node_port_addresses: &[&[&str]] = &[
+        &[],
+        &[],
+        &["primary"],
+        &["192.0.2.0/24", "2001:db8::/32"],
+        &["10.0.0.0/8", "127.0.0.0/8"],
+        &["0.0.0.0/0", "2001:db8::99/128"],
+    ];
+    let address = |text: &&str| match *text {
+        "primary" => NodePortAddress::Primary,
+        range => NodePortAddress::Range(net(range)),
+    };
     let cluster_cidrs: &[&[&str]] = &[
         &[],
         &["10.244.0.0/16", "fd00:10:244::/48"],
@@ -176,7 +187,10 @@ fn policy(random: &mut Random) -> Policy {
     ];
     let nets = |texts: &[&str]| texts.iter().map(|text| net(text)).collect();
     Policy {
-        node_port_addresses: nets(node_port_addresses[random.below(node_port_addresses.len())]),
+        node_port_addresses: node_port_addresses[random.below(node_port_addresses.len())]
+            .iter()
+            .map(address)
+            .collect(),
         localhost_node_ports: !random.once_in(4),
         masquerade_all: random.once_in(4),
         pods: match random.below(6) {

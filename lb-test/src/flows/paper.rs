@@ -52,10 +52,13 @@ impl Paper {
         }
         let mut cluster = ClusterSnapshot::default();
         events.into_iter().for_each(|event| drop(cluster.apply(event)));
-        let pods = LocalDetector::Ranges(CLUSTER_CIDR.split(',').map(|range| range.parse().expect("a range")).collect());
+        let pods = LocalDetector::Ranges(
+            CLUSTER_CIDR.split(',').map(|range| range.parse().expect("a range")).collect(),
+        );
         let nodes = [1, 2].map(|node| {
             let addresses = [node_ip(node), node_ip6(node)].map(|addr| parse(&addr)).to_vec();
-            let view = NodeView { name: format!("node{node}").into(), zone: None, addresses };
+            let view =
+                NodeView { name: format!("node{node}").into(), zone: None, addresses, primary: Vec::new() };
             let table = compile(&cluster, &view, &CompileConfig::default()).table;
             PaperNode { view, table }
         });

@@ -30,6 +30,12 @@ pub struct Sizes {
     pub flows: u32,
 }
 
+impl Default for Sizes {
+    fn default() -> Self {
+        Self { flows: 262_144 }
+    }
+}
+
 impl Programs {
     /// Loads all programs of `objects`.
     pub fn load(pins: &Pins, objects: &Objects, sizes: Sizes) -> Result<Self, DatapathError> {

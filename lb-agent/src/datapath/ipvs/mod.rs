@@ -23,6 +23,29 @@ pub struct IpvsConfig {
     pub scheduler: Scheduler,
     /// Answer ARP for addresses of the asked device only: bound VIPs stay silent.
     pub strict_arp: bool,
+    /// When connections are forgotten.
+    pub timeouts: Timeouts,
+}
+
+/// When IPVS forgets what is idle, in seconds; 0 leaves what the kernel has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timeouts {
+    /// TCP connections.
+    pub tcp: u64,
+    /// TCP connections after a FIN.
+    pub tcp_fin: u64,
+    /// UDP flows.
+    pub udp: u64,
+}
+
+impl Timeouts {
+    fn set(self) -> Result<(), DatapathError> {
+        if self == Self::default() {
+            return Ok(());
+        }
+        let [tcp, tcp_fin, udp] = [self.tcp, self.tcp_fin, self.udp].map(|secs| secs.to_string());
+        exec::output(&["ipvsadm", "--set", &tcp, &tcp_fin, &udp]).map(drop)
+    }
 }
 
 /// Virtual servers and the rules beside them.
@@ -50,6 +73,7 @@ impl IpvsDatapath {
         // ipvsadm loads the module ip_vs.
         exec::output(&["ipvsadm", "-Sn"])?;
         set_sysctls(config.strict_arp);
+        config.timeouts.set()?;
         let families: Vec<FamilyServers> = rules
             .families()
             .map(|family| FamilyServers {

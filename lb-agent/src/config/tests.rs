@@ -1,0 +1,152 @@
+//! Whole files, and what they mean.
+
+use std::time::Duration;
+
+use lb_core::model::{LocalDetector, NodePortAddress};
+
+use super::*;
+use crate::{
+    args::{Mode, ModeChoice},
+    config::settings::DetectLocal,
+};
+
+const KUBEADM: &str = include_str!("../../tests/config/kubeadm.yaml");
+
+fn file(fields: &str) -> File {
+    File::parse(&format!("apiVersion: {API_VERSION}\nkind: {KIND}\n{fields}\n")).expect("a file")
+}
+
+fn meaning(fields: &str) -> Settings {
+    settings(&file(fields).configuration).expect("a configuration")
+}
+
+fn refusal(fields: &str) -> String {
+    let text = format!("apiVersion: {API_VERSION}\nkind: {KIND}\n{fields}\n");
+    let read = File::parse(&text).and_then(|file| settings(&file.configuration));
+    format!("{:#}", read.expect_err("a refusal"))
+}
+
+#[test]
+fn kubeadms_file_is_used_as_it_is() {
+    let file = File::parse(KUBEADM).expect("a file");
+    assert_eq!(file.without_effect(), (Vec::new(), Vec::new()));
+    let settings = settings(&file.configuration).expect("a configuration");
+    assert_eq!(settings.mode, ModeChoice::Auto);
+    assert_eq!(settings.healthz.to_string(), "0.0.0.0:10256");
+    assert_eq!(settings.metrics.to_string(), "127.0.0.1:10249");
+    assert_eq!(settings.kubeconfig.as_deref(), Some(Path::new("/var/lib/kube-proxy/kubeconfig.conf")));
+    let pods = LocalDetector::Ranges(vec!["10.244.0.0/16".parse().expect("a range")]);
+    assert_eq!(settings.detect_local, DetectLocal::By(pods));
+    assert_eq!((settings.oom_score_adj, settings.node_name.as_deref()), (-999, None));
+    let timeouts: Vec<_> =
+        settings.conntrack.iter().filter(|(sysctl, _)| *sysctl != MAX_CONNECTIONS).collect();
+    let (established, close_wait) =
+        ("nf_conntrack_tcp_timeout_established", "nf_conntrack_tcp_timeout_close_wait");
+    assert_eq!(timeouts, [&(established, 86_400), &(close_wait, 3600)]);
+    for mode in [Mode::Ebpf, Mode::Iptables, Mode::Ipvs, Mode::Nftables] {
+        assert_eq!(settings.min_sync_period(mode), Duration::from_millis(5));
+        assert_eq!(settings.sync_period(mode), Duration::from_secs(30));
+        let primary = settings.compile(mode).node_port_addresses == [NodePortAddress::Primary];
+        assert_eq!(primary, mode == Mode::Nftables, "{}", mode.name());
+    }
+}
+
+#[test]
+fn each_field_means_what_it_means_to_kube_proxy() {
+    let settings = meaning(
+        "mode: ipvs\nlb: {mode: ebpf, minSyncPeriod: 20ms}\nbindAddress: 2001:db8::1\nhostnameOverride: ' Node-1 '\n\
+         metricsBindAddress: '[::]'\nhealthzBindAddress: 10.0.0.1:99\n\
+         iptables: {masqueradeAll: true, masqueradeBit: 3, minSyncPeriod: 1s}\nnftables: {syncPeriod: 1m0.5s}\n\
+         conntrack: {tcpEstablishedTimeout: 0s, udpTimeout: 30s, tcpBeLiberal: true, maxPerCore: 1, min: 77}\n\
+         nodePortAddresses: [localhost, 192.0.2.0/24]\ndetectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cni0}",
+    );
+    assert_eq!(settings.mode, ModeChoice::Fixed(Mode::Ebpf));
+    assert_eq!(settings.node_name.as_deref(), Some("node-1"));
+    assert_eq!(
+        (settings.metrics.to_string(), settings.healthz.to_string()),
+        ("[::]:10249".into(), "10.0.0.1:99".into())
+    );
+    assert_eq!(settings.min_sync_period(Mode::Iptables), Duration::from_secs(1));
+    assert_eq!(settings.min_sync_period(Mode::Ebpf), Duration::from_millis(20));
+    assert_eq!(settings.sync_period(Mode::Nftables), Duration::from_millis(60_500));
+    let (iptables, nftables) = (settings.rules(Mode::Iptables), settings.rules(Mode::Nftables));
+    assert_eq!((iptables.masquerade_mark, iptables.masquerade_all, iptables.drop_invalid), (8, true, false));
+    assert_eq!((nftables.masquerade_mark, nftables.masquerade_all), (1 << 14, false));
+    assert_eq!(iptables.pods, LocalDetector::Bridge("cni0".into()));
+    assert_eq!(settings.compile(Mode::Ebpf).node_port_addresses.len(), 3);
+    assert_eq!(settings.compile(Mode::Ebpf).node_ip, "2001:db8::1".parse().ok());
+    let of =
+        |name: &str| settings.conntrack.iter().find(|(sysctl, _)| *sysctl == name).map(|(_, value)| *value);
+    assert_eq!(of("nf_conntrack_tcp_timeout_established"), None);
+    assert_eq!((of("nf_conntrack_udp_timeout"), of("nf_conntrack_tcp_be_liberal")), (Some(30), Some(1)));
+    assert_eq!(of(MAX_CONNECTIONS), Some(77));
+    let by_node = meaning("detectLocalMode: NodeCIDR");
+    let cidrs = ["10.244.1.0/24".parse().expect("a range")];
+    assert_eq!(by_node.rules_of(Mode::Nftables, &cidrs).pods, LocalDetector::Ranges(cidrs.to_vec()));
+    let v6 = meaning("bindAddress: '::'");
+    assert_eq!((v6.healthz.to_string(), v6.metrics.to_string()), ("[::]:10256".into(), "[::1]:10249".into()));
+}
+
+#[test]
+fn all_that_is_wrong_is_named_at_once() {
+    for (fields, says) in [
+        ("mode: kernelspace", "mode: \"kernelspace\" is not auto, ebpf, nftables, iptables or ipvs"),
+        (
+            "ipvs: {scheduler: lblc}\noomScoreAdj: 2000",
+            "ipvs.scheduler: \"lblc\" is not a scheduler of IPVS: rr, wrr, lc, wlc, sh, dh, mh, sed, nq; oomScoreAdj: 2000 is not within -1000 and 1000",
+        ),
+        ("clusterCIDR: 10.0.0.0/8,11.0.0.0/8", "clusterCIDR: has more than one range of a family"),
+        ("nodePortAddresses: [eth0]", "nodePortAddresses: \"eth0\" is not a CIDR, primary, localhost or all"),
+        (
+            "detectLocalMode: BridgeInterface",
+            "detectLocal.bridgeInterface: \"\" is not the name of a device, which detectLocalMode asks for",
+        ),
+        (
+            "iptables: {syncPeriod: 1s, minSyncPeriod: 2s}",
+            "iptables.minSyncPeriod: must not be longer than syncPeriod",
+        ),
+        ("iptables: {masqueradeBit: 32}", "iptables.masqueradeBit: 32 is not within 0 and 31"),
+        ("conntrack: {tcpCloseWaitTimeout: -1s}", "conntrack.tcpCloseWaitTimeout: must not be negative"),
+        (
+            "conntrack: {udpTimeout: 10}",
+            "conntrack.udpTimeout: invalid type: integer `10`, expected a string in Go",
+        ),
+        ("lb: {flowMax: 1}", "lb.flowMax: no such field; `lb-agent config check --all` lists all"),
+    ] {
+        assert!(
+            refusal(fields).starts_with(says),
+            "{fields}\n  said:   {}\n  wanted: {says}",
+            refusal(fields)
+        );
+    }
+    let other = File::parse("apiVersion: v1\nkind: ConfigMap\n").expect_err("another kind");
+    assert!(other.to_string().contains("\"ConfigMap\""), "{other}");
+}
+
+#[test]
+fn what_has_no_effect_is_named() {
+    let file = file(
+        "portRange: 1-2\nudpIdleTimeout: 250ms\nresourceContainer: ''\nbindAddressHardFail: true\nmode: ipvs",
+    );
+    let (nothing, unknown) = file.without_effect();
+    assert_eq!(nothing, ["portRange", "bindAddressHardFail"]);
+    assert_eq!(unknown, ["udpIdleTimeout"]);
+}
+
+#[test]
+fn changes_are_named() {
+    let (before, after) =
+        (file("mode: ipvs\nipvs: {scheduler: rr}"), file("mode: iptables\nclusterCIDR: 10.0.0.0/8"));
+    assert_eq!(before.differences(&after), ["mode", "clusterCIDR", "ipvs.scheduler"]);
+    assert!(before.differences(&before).is_empty());
+}
+
+#[test]
+fn what_is_written_is_read_again() {
+    let path = std::env::temp_dir().join(format!("lb-config-{}", std::process::id()));
+    let kubeadm = File::parse(KUBEADM).expect("a file").configuration;
+    write(&kubeadm, &path).expect("written");
+    let read = File::read(&path).expect("read again").configuration;
+    fs::remove_file(&path).expect("removed");
+    assert_eq!(read, kubeadm);
+}

@@ -1,0 +1,142 @@
+//! kube-proxy's configuration file: what it says is what the node does, also after it has changed.
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use lb_test::{
+    cluster::{Cluster, Cni, finish, node_ip, pod_ip},
+    netns, until,
+};
+
+/// One service with an endpoint on each node; agents read `config.conf` of [`config`].
+fn cluster(cni: Cni, fields: &str) -> Cluster {
+    let mut cluster = Cluster::new(cni, 2).expect("a cluster of namespaces");
+    for host in ["pod11", "pod21"] {
+        cluster.serve(host, 8080).expect("a server");
+    }
+    cluster.apply_nodes().unwrap();
+    let endpoints =
+        [1, 2].map(|node| format!("{{addresses: [{}], nodeName: node{node}}}", pod_ip(node, 1))).join(", ");
+    let web = format!(
+        "kind: Service\nmetadata: {{name: web}}\nspec: {{clusterIP: 10.96.0.10, type: NodePort, ports: [{{port: 80, nodePort: 30080}}]}}\n---\n\
+         kind: EndpointSlice\nmetadata: {{name: web-1, labels: {{kubernetes.io/service-name: web}}}}\naddressType: IPv4\nports: [{{port: 8080}}]\nendpoints: [{endpoints}]\n"
+    );
+    cluster.apply("web.yaml", &web).unwrap();
+    write(&cluster, fields);
+    cluster.agent_options = vec!["--config".into(), config(&cluster).display().to_string()];
+    cluster.start_agents(&[1, 2]).expect("agents");
+    cluster
+}
+
+fn config(cluster: &Cluster) -> PathBuf {
+    cluster.lab.dir().join("config.conf")
+}
+
+/// In place of the old file at once, as the kubelet does.
+fn write(cluster: &Cluster, fields: &str) {
+    let text =
+        format!("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n{fields}\n");
+    let new = cluster.lab.dir().join("config.new");
+    fs::write(&new, text).unwrap();
+    fs::rename(new, config(cluster)).unwrap();
+}
+
+fn on_node1(cluster: &Cluster, words: &str) -> String {
+    let mut words = words.split(' ');
+    let program = words.next().expect("a program");
+    netns::output(cluster.lab.command("node1", program).args(words)).unwrap()
+}
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+#[test]
+fn a_changed_file_takes_effect_without_a_restart() {
+    let cluster = cluster(Cni::Routed, "mode: iptables\nclusterCIDR: 10.244.0.0/16");
+    let load = ["load", "10.96.0.10:80", "--connections", "10", "--udp", "0", "--secs", "15"];
+    let running = cluster.spawn("pod12", None, &load).unwrap();
+    let nat = || on_node1(&cluster, "iptables-save -t nat");
+    let only_others = "! -s 10.244.0.0/16 -d 10.96.0.10/32";
+    assert!(nat().contains(only_others), "{}", nat());
+
+    write(&cluster, "mode: iptables\nclusterCIDR: 10.244.0.0/16\niptables: {masqueradeAll: true}");
+    until("all is masqueraded", LIMIT, || nat().contains("KUBE-MARK-MASQ") && !nat().contains(only_others));
+
+    // What can't be used changes nothing.
+    write(&cluster, "mode: kernelspace");
+    let log = || fs::read_to_string(cluster.agent_log(1)).unwrap();
+    let refused = "mode: \\\"kernelspace\\\" is not auto, ebpf, nftables, iptables or ipvs";
+    until("the file is refused", LIMIT, || log().contains(refused));
+    assert!(
+        nat().contains("KUBE-MARK-MASQ") && cluster.tcp("pod12", None, "10.96.0.10:80").unwrap().id.is_some()
+    );
+
+    write(&cluster, "mode: nftables\nclusterCIDR: 10.244.0.0/16\nconntrack: {tcpCloseWaitTimeout: 77s}");
+    until("nftables serves in place of iptables", LIMIT, || {
+        on_node1(&cluster, "nft list tables ip").contains("kube-proxy") && !nat().contains("KUBE-SVC-")
+    });
+    let timeout = on_node1(&cluster, "cat /proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait");
+    assert_eq!(timeout.trim(), "77");
+
+    write(&cluster, "lb: {mode: ebpf}");
+    until("the programs serve", LIMIT, || {
+        cluster.agent(1, &["service", "list"]).is_ok_and(|services| services.contains("10.96.0.10:80/TCP"))
+    });
+    // The same processes all the while, and no connection was cut.
+    assert_eq!(log().matches("a new configuration").count(), 3, "{}", log());
+    assert!(!log().contains("stopping"));
+    let report: serde_json::Value = serde_json::from_str(&finish(running).unwrap()).unwrap();
+    for failure in ["resets", "timeouts", "wrong"] {
+        assert_eq!(report[failure], 0, "{report}");
+    }
+    assert!(report["requests"].as_u64().is_some_and(|requests| requests > 100), "{report}");
+}
+
+/// Whom the endpoint sees.
+fn client_of(cluster: &Cluster, from: &str, target: &str) -> String {
+    cluster.tcp(from, None, target).unwrap().client.unwrap_or_default()
+}
+
+#[test]
+fn pods_are_told_by_their_nodes_ranges() {
+    let nodes = |range: &str| {
+        let addresses = format!("addresses: [{{type: InternalIP, address: {}}}]", node_ip(1));
+        format!(
+            "kind: Node\nmetadata: {{name: node1}}\nspec: {{podCIDRs: [{range}]}}\nstatus: {{{addresses}}}\n"
+        )
+    };
+    let cluster = cluster(Cni::Routed, "mode: iptables\ndetectLocalMode: NodeCIDR");
+    let nat = || on_node1(&cluster, "iptables-save -t nat");
+    assert!(!nat().contains("! -s 10.244."), "without ranges nobody is known not to be a pod\n{}", nat());
+    cluster.apply("nodes.yaml", &nodes("10.244.1.0/24")).unwrap();
+    until("the node's range is in the rules", LIMIT, || {
+        nat().contains("! -s 10.244.1.0/24 -d 10.96.0.10/32")
+    });
+    assert_eq!(client_of(&cluster, "pod12", "10.96.0.10:80"), pod_ip(1, 2));
+    cluster.apply("nodes.yaml", &nodes("10.245.1.0/24")).unwrap();
+    until("the rules follow", LIMIT, || nat().contains("! -s 10.245.1.0/24 -d 10.96.0.10/32"));
+    assert_ne!(client_of(&cluster, "pod12", "10.96.0.10:80"), pod_ip(1, 2));
+}
+
+#[test]
+fn pods_are_told_by_their_bridge_and_by_their_devices() {
+    for (mode, fields) in [
+        ("iptables", "detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cni0}"),
+        ("nftables", "detectLocalMode: InterfaceNamePrefix\ndetectLocal: {interfaceNamePrefix: cn}"),
+    ] {
+        let cluster = cluster(Cni::Bridge, &format!("mode: {mode}\n{fields}"));
+        let seen = |from: &str, target: &str| -> Vec<String> {
+            (0..16).map(|_| client_of(&cluster, from, target)).collect()
+        };
+        let of_pod = seen("pod12", "10.96.0.10:80");
+        assert!(of_pod.iter().all(|client| *client == pod_ip(1, 2)), "{mode}: {of_pod:?}");
+        // The node is none of its pods, and is masqueraded as whoever comes from outside.
+        for (from, target) in
+            [("node1", "10.96.0.10:80".to_owned()), ("client", format!("{}:30080", node_ip(1)))]
+        {
+            let seen = seen(from, &target);
+            assert!(
+                seen.iter().all(|client| [node_ip(1), "10.244.1.1".into()].contains(client)),
+                "{mode}: {seen:?}"
+            );
+        }
+    }
+}
