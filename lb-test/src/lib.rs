@@ -7,6 +7,7 @@ use std::{
 };
 
 pub mod cluster;
+pub mod e2e;
 pub mod flows;
 pub mod netns;
 pub mod object;
