@@ -177,7 +177,9 @@ fn check_pinned(pins: &Pins) -> Result<()> {
 }
 
 fn start_log(args: &Args) -> Result<()> {
-    let filter = EnvFilter::try_new(&args.log).with_context(|| format!("--log {}", args.log))?;
+    // They log each failed request, after we did and without a word of what it is about; `--log kube_client=debug` still can.
+    let directives = format!("kube_client=off,kube_runtime=off,{}", args.log);
+    let filter = EnvFilter::try_new(directives).with_context(|| format!("--log {}", args.log))?;
     let ansi = std::io::stderr().is_terminal();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
     match args.log_format {
