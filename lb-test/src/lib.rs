@@ -2,6 +2,7 @@
 
 use std::{io::Write, time::Duration};
 
+pub mod apiserver;
 pub mod cluster;
 pub mod flows;
 pub mod netns;
