@@ -61,7 +61,7 @@ impl Kubernetes {
 
 /// An answer must have begun after so long; kube itself waits for good. A watch's answer begins at once. A busy
 /// kube-apiserver lets requests queue for a quarter of its `--request-timeout` of a minute.
-const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// A kind we watch.
 pub trait Watched: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static {

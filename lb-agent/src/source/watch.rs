@@ -18,12 +18,15 @@ use kube::{
     },
 };
 use lb_core::model::{ObjectName, Warning};
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 use tracing::{debug, info, warn};
 
 use super::{
     Report, Reports,
-    kubernetes::{Note, Watched},
+    kubernetes::{ANSWER_LIMIT, Note, Watched},
     trouble::{Trouble, reason},
 };
 
@@ -43,7 +46,7 @@ pub struct Told {
 /// Watches one kind for good; an optional one ends if there is none.
 pub async fn watch<K: Watched>(to: Told) -> Result<()> {
     let mut watch: Watch<K> = Watch::new(to);
-    while let Some(event) = watch.stream.next().await {
+    while let Some(event) = watch.next().await {
         match event {
             Ok(event) => watch.take(event).await?,
             Err(error) => {
@@ -68,7 +71,9 @@ struct Watch<K> {
     known: BTreeSet<ObjectName>,
     /// Objects with warnings.
     warned: BTreeSet<ObjectName>,
-    /// Objects of the list that is coming in.
+    /// A list is coming in.
+    listing: bool,
+    /// Objects of it.
     listed: BTreeSet<ObjectName>,
     /// The highest resource version of an object.
     newest: u64,
@@ -87,11 +92,25 @@ impl<K: Watched> Watch<K> {
             to,
             known: BTreeSet::new(),
             warned: BTreeSet::new(),
+            listing: true,
             listed: BTreeSet::new(),
             newest: 0,
             trouble: None,
             backoff: DefaultBackoff::default(),
         }
+    }
+
+    /// A watch may be silent for long, a list that has begun may not.
+    async fn next(&mut self) -> Option<watcher::Result<watcher::Event<DeserializeGuard<K>>>> {
+        if !self.listing {
+            return self.stream.next().await;
+        }
+        let next = timeout(ANSWER_LIMIT, self.stream.next()).await;
+        next.unwrap_or_else(|_| {
+            self.restart();
+            let late = kube::Error::Service("the rest of the list doesn't come".into());
+            Some(Err(watcher::Error::InitialListFailed(late)))
+        })
     }
 
     async fn take(&mut self, event: watcher::Event<DeserializeGuard<K>>) -> Result<()> {
@@ -100,13 +119,17 @@ impl<K: Watched> Watch<K> {
             self.is_back();
         }
         match event {
-            watcher::Event::Init => self.listed.clear(),
+            watcher::Event::Init => {
+                self.listing = true;
+                self.listed.clear();
+            }
             watcher::Event::InitApply(object) => {
                 let name = name_of(&object);
                 self.listed.insert(name.clone());
                 self.object(object, name).await?;
             }
             watcher::Event::InitDone => {
+                self.listing = false;
                 self.vanish().await?;
                 self.all_reported().await?;
             }
@@ -254,7 +277,7 @@ impl<K: Watched> Watch<K> {
     }
 
     fn restart(&mut self) {
-        self.newest = 0;
+        (self.newest, self.listing) = (0, true);
         self.stream = watcher(self.api.clone(), K::config()).boxed();
     }
 
