@@ -7,7 +7,7 @@ use std::{
 };
 
 use lb_test::{
-    apiserver::{ApiServer, Blow, Fault, Gone, Kind, Verb},
+    apiserver::{ApiServer, Blow, Fault, Gone, Kind, TOKEN, Verb},
     cluster::{CLIENT, Cluster, Cni, finish, node_ip, node_manifests, pod_ip},
     patience,
 };
@@ -128,6 +128,80 @@ fn slice(number: u8, addresses: &[&str]) -> String {
 /// A Service with one endpoint, in pod11.
 fn whole(number: u8) -> String {
     service(number, "") + &slice(number, &[&pod_ip(1, 1)])
+}
+
+/// Asks the API server from a node; the answer's code, and its lines.
+fn get(world: &World, token: &str, path: &str) -> (u16, Vec<Value>) {
+    let header = format!("Authorization: Bearer {token}");
+    let url = format!("https://{CLIENT}:6443{path}");
+    let mut curl = world.cluster.lab.command("node1", "curl");
+    curl.args(["-skN", "-m", "20", "-H", &header, "-w", "%{http_code}", &url]);
+    let text = lb_test::netns::output(&mut curl).unwrap();
+    let (body, code) = text.split_at(text.len() - 3);
+    let lines = serde_json::Deserializer::from_str(body).into_iter().collect::<Result<_, _>>();
+    (code.parse().unwrap(), lines.unwrap())
+}
+
+#[test]
+fn the_test_server_speaks_as_kube_apiserver_does() {
+    let world = World::new();
+    let services = "/api/v1/services";
+    world.server.put(&(service(10, "") + &service(11, "labels: {a: b}") + &service(12, ""))).unwrap();
+    let names = |list: &Value| -> Vec<String> {
+        let items = list["items"].as_array().unwrap().iter();
+        items.map(|item| item["metadata"]["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let ok = |path: &str| {
+        let (code, lines) = get(&world, TOKEN, path);
+        assert_eq!((code, lines.len()), (200, 1), "{path}: {lines:?}");
+        lines.into_iter().next().unwrap()
+    };
+    let refused = |token: &str, path: &str, wanted: u16, reason: &str| {
+        let (code, lines) = get(&world, token, path);
+        let status = &lines[0];
+        assert_eq!(
+            (code, &status["kind"], &status["reason"]),
+            (wanted, &json!("Status"), &json!(reason)),
+            "{path}"
+        );
+    };
+
+    let all = ok(services);
+    assert_eq!((&all["kind"], &all["apiVersion"]), (&json!("ServiceList"), &json!("v1")));
+    assert_eq!((names(&all).len(), &all["items"][0]["kind"]), (3, &Value::Null));
+    assert_eq!(names(&ok(&format!("{services}?labelSelector=%21a&resourceVersion=0"))), ["s10", "s12"]);
+    let page = ok(&format!("{services}?limit=2"));
+    assert_eq!((names(&page).len(), &page["metadata"]["remainingItemCount"]), (2, &json!(1)));
+    let rest = format!("{services}?limit=2&continue={}", page["metadata"]["continue"].as_str().unwrap());
+    assert_eq!(names(&ok(&rest)), ["s12"]);
+
+    // All first, the mark that ends them, and what matches no more.
+    let version = all["metadata"]["resourceVersion"].as_str().unwrap().to_owned();
+    let initial =
+        "watch=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true";
+    let (_, lines) = get(&world, TOKEN, &format!("{services}?{initial}&timeoutSeconds=2"));
+    let what: Vec<&Value> = lines.iter().map(|line| &line["type"]).collect();
+    assert_eq!(what, ["ADDED", "ADDED", "ADDED", "BOOKMARK"]);
+    assert_eq!(lines[3]["object"]["metadata"]["annotations"]["k8s.io/initial-events-end"], "true");
+    assert_eq!(lines[0]["object"]["kind"], "Service");
+    world.server.put(&service(10, "labels: {a: b}")).unwrap();
+    let since = format!("watch=true&labelSelector=%21a&timeoutSeconds=1&resourceVersion={version}");
+    let (_, lines) = get(&world, TOKEN, &format!("{services}?{since}"));
+    assert_eq!((&lines[0]["type"], lines.len()), (&json!("DELETED"), 1));
+
+    world.server.compact();
+    refused(TOKEN, &rest, 410, "Expired");
+    let (code, lines) = get(&world, TOKEN, &format!("{services}?{since}"));
+    assert_eq!((code, &lines[0]["type"], &lines[0]["object"]["code"]), (200, &json!("ERROR"), &json!(410)));
+    world.server.answer_gone_by(Gone::Http);
+    refused(TOKEN, &format!("{services}?{since}"), 410, "Expired");
+    world.server.without_watch_lists();
+    refused(TOKEN, &format!("{services}?{initial}"), 422, "Invalid");
+    refused("", services, 401, "Unauthorized");
+    refused(TOKEN, "/apis/batch/v1/jobs", 404, "NotFound");
+    refused(TOKEN, &format!("{services}?fieldSelector=spec.ports%3D1"), 400, "BadRequest");
+    world.server.forbid(Kind::Node);
+    refused(TOKEN, "/api/v1/nodes", 403, "Forbidden");
 }
 
 #[test]
@@ -283,6 +357,18 @@ fn a_slow_api_server_is_waited_for() {
     world.server.put(&whole(11)).unwrap();
     world.until("a change at a slow server", |served| served.contains_key(&frontend(11)));
     assert_eq!(world.server.count(Kind::Service, Verb::List), 1, "slow is not away");
+}
+
+#[test]
+fn half_a_list_is_not_waited_for() {
+    let mut world = World::new();
+    world.server.put(&whole(10)).unwrap();
+    world.server.fault(Fault::Half);
+    world.cluster.launch_agent(1).unwrap();
+    world.until_logged("the rest of the list doesn't come");
+    world.server.heal();
+    world.cluster.wait_until_healthy(1).unwrap();
+    assert!(world.serves(10));
 }
 
 #[test]

@@ -1,14 +1,15 @@
 //! From a request to an answer.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, convert::Infallible, sync::Arc};
 
 use axum::{
-    body::{Body, to_bytes},
+    body::{Body, HttpBody, to_bytes},
     extract::{Request, State},
     http::{Method, StatusCode, Uri, header},
     response::{IntoResponse, Response},
 };
 use data_encoding::BASE64URL_NOPAD;
+use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 
 use super::{
@@ -61,13 +62,25 @@ pub async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Resp
         Some(Fault::Hang) => return std::future::pending().await,
         Some(Fault::Slow(by)) => tokio::time::sleep(by).await,
         Some(Fault::Code(code)) => return failing(code),
-        Some(Fault::Away) | None => {}
+        Some(Fault::Away | Fault::Half) | None => {}
     }
     let bearer = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     if bearer.and_then(|value| value.strip_prefix("Bearer ")) != Some(&shared.token) {
         return refuse(401, "Unauthorized", "Unauthorized");
     }
-    route(shared, request, &conduct).await
+    let answer = route(shared, request, &conduct).await;
+    if conduct.fault == Some(Fault::Half) { half(answer).await } else { answer }
+}
+
+/// An answer whose second half never comes.
+async fn half(answer: Response) -> Response {
+    let (mut parts, body) = answer.into_parts();
+    let Some(length) = body.size_hint().exact() else { return Response::from_parts(parts, body) };
+    let text = to_bytes(body, usize::MAX).await.unwrap_or_default();
+    parts.headers.insert(header::CONTENT_LENGTH, length.into());
+    let first: Result<_, Infallible> = Ok(text.slice(..text.len() / 2));
+    let pending = stream::once(async { first }).chain(stream::pending());
+    Response::from_parts(parts, Body::from_stream(pending))
 }
 
 async fn route(shared: Arc<Shared>, request: Request, conduct: &Conduct) -> Response {
@@ -157,8 +170,7 @@ fn list(shared: &Shared, scope: &Scope, query: &Query) -> Response {
     let mut metadata = json!({"resourceVersion": page.version.to_string()});
     if let Some(next) = &page.next {
         metadata["continue"] = write_cursor(next).into();
-        // With a selector the server would have to look at all of them to know.
-        if query.get("labelSelector").is_empty() && query.get("fieldSelector").is_empty() {
+        if scope.selector.is_empty() {
             metadata["remainingItemCount"] = page.remaining.into();
         }
     }

@@ -30,6 +30,9 @@ pub use store::Kind;
 
 use crate::netns::Lab;
 
+/// Who has it is let in.
+pub const TOKEN: &str = "the-right-token";
+
 /// What goes wrong, until [`ApiServer::heal`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -37,6 +40,8 @@ pub enum Fault {
     Away,
     /// Connections are taken and requests read, but these get no answer, ever; watches stand still and go on later.
     Hang,
+    /// Answers stop in the middle; what comes as a stream is left alone.
+    Half,
     /// Every answer waits for so long.
     Slow(Duration),
     /// Every request gets this code.
@@ -131,7 +136,7 @@ impl ApiServer {
             store: Mutex::default(),
             events: Mutex::default(),
             taken: Mutex::default(),
-            token: "the-right-token".into(),
+            token: TOKEN.into(),
             version: channel::Sender::new(0),
             conduct: channel::Sender::default(),
         });

@@ -38,6 +38,11 @@ impl Selector {
         Ok(Self { terms })
     }
 
+    /// Does it let everything through?
+    pub fn is_empty(&self) -> bool {
+        self.terms.is_empty()
+    }
+
     /// Does the client want to see it?
     pub fn matches(&self, object: &Value) -> bool {
         self.terms.iter().all(|term| {

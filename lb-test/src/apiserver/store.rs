@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    ops::Bound,
     sync::Arc,
 };
 
@@ -92,6 +93,8 @@ impl Object {
 
 type Key = (Kind, String, String);
 
+type Objects<'a> = dyn Iterator<Item = (&'a Key, &'a Arc<Object>)> + 'a;
+
 struct Change {
     version: u64,
     key: Key,
@@ -114,7 +117,7 @@ pub struct Page {
     pub version: u64,
     /// Where the next page goes on.
     pub next: Option<Cursor>,
-    /// Objects on later pages.
+    /// Objects on later pages; at least one if there are any, with a selector.
     pub remaining: usize,
 }
 
@@ -256,39 +259,45 @@ impl Store {
         cursor: Option<Cursor>,
     ) -> Result<Page, Expired> {
         let version = cursor.as_ref().map_or(self.version, |cursor| cursor.version);
-        let objects = self.as_of(version)?;
-        let wanted = |(key, object): &(&Key, &Arc<Object>)| {
-            key.0 == kind
-                && namespace.is_none_or(|namespace| key.1 == namespace)
-                && cursor.as_ref().is_none_or(|cursor| (&key.1, &key.2) > (&cursor.after.0, &cursor.after.1))
-                && selector.matches(&object.value)
-        };
-        let mut left = objects.into_iter().filter(wanted);
+        let (after_namespace, after_name) = cursor.map(|cursor| cursor.after).unwrap_or_default();
+        let after = (kind, after_namespace, after_name);
+        let objects = self.as_of(version, &after)?;
+        let mut left = objects.filter(|(key, object)| {
+            namespace.is_none_or(|namespace| key.1 == namespace) && selector.matches(&object.value)
+        });
         let limit = if limit == 0 { usize::MAX } else { limit };
         let shown: Vec<_> = left.by_ref().take(limit).collect();
-        let remaining = left.count();
-        let after = shown.last().map(|(key, _)| (key.1.clone(), key.2.clone()));
+        // With a selector a server doesn't count them either.
+        let remaining = if selector.is_empty() { left.count() } else { left.take(1).count() };
+        let last = shown.last().map(|(key, _)| (key.1.clone(), key.2.clone()));
         Ok(Page {
             objects: shown.into_iter().map(|(_, object)| object.clone()).collect(),
             version,
-            next: after.filter(|_| remaining > 0).map(|after| Cursor { version, after }),
+            next: last.filter(|_| remaining > 0).map(|after| Cursor { version, after }),
             remaining,
         })
     }
 
-    /// All objects as they were, by undoing what came after.
-    fn as_of(&self, version: u64) -> Result<BTreeMap<&Key, &Arc<Object>>, Expired> {
+    /// The objects of a kind after a key, as they were, by undoing what came later.
+    fn as_of<'a>(&'a self, version: u64, after: &'a Key) -> Result<Box<Objects<'a>>, Expired> {
         if version < self.oldest || version > self.version {
             return Err(Expired { oldest: self.oldest });
         }
-        let mut objects: BTreeMap<&Key, &Arc<Object>> = self.objects.iter().collect();
-        for change in self.history.iter().rev().take_while(|change| change.version > version) {
+        let of_kind = |(key, _): &(&Key, &Arc<Object>)| key.0 == after.0;
+        let now = self.objects.range((Bound::Excluded(after), Bound::Unbounded)).take_while(of_kind);
+        let later = self.history.iter().rev().take_while(|change| change.version > version);
+        let mut later = later.filter(|change| change.key.0 == after.0 && change.key > *after).peekable();
+        if later.peek().is_none() {
+            return Ok(Box::new(now));
+        }
+        let mut objects: BTreeMap<&Key, &Arc<Object>> = now.collect();
+        for change in later {
             match &change.before {
                 Some(before) => objects.insert(&change.key, before),
                 None => objects.remove(&change.key),
             };
         }
-        Ok(objects)
+        Ok(Box::new(objects.into_iter()))
     }
 
     /// What a watch sees after a version. One of the future sees nothing until it has come.

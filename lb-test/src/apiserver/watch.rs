@@ -24,6 +24,10 @@ use super::{
 /// kube-apiserver sends one a minute; tests don't wait that long.
 const BOOKMARK_EVERY: Duration = Duration::from_secs(2);
 
+/// kube-apiserver looks once a second which bookmarks are due: what happens until then comes before the one that ends
+/// the initial events, deletions too (`cacher.go`, `cache_watcher.go: nextBookmarkTime`).
+const INITIAL_END_AFTER: Duration = Duration::from_secs(1);
+
 /// The shortest that kube-apiserver takes if the client names none (`--min-request-timeout`).
 const DEFAULT_TIMEOUT_SECS: u64 = 1_800;
 
@@ -110,9 +114,11 @@ impl Watch {
         let mut conducts = self.shared.conduct.subscribe();
         let blows = conducts.borrow_and_update().blows.0;
         if all_first {
-            self.send_all(marked).await?;
+            self.send_all().await?;
         }
-        let mut bookmark = interval_at(Instant::now() + BOOKMARK_EVERY, BOOKMARK_EVERY);
+        let mut ends_initial = marked;
+        let first = if marked { INITIAL_END_AFTER } else { BOOKMARK_EVERY };
+        let mut bookmark = interval_at(Instant::now() + first, BOOKMARK_EVERY);
         loop {
             self.obey(&mut conducts, blows).await?;
             versions.mark_unchanged();
@@ -120,7 +126,9 @@ impl Watch {
             tokio::select! {
                 _ = versions.changed() => {}
                 _ = conducts.changed() => {}
-                _ = bookmark.tick(), if self.bookmarks => self.send_bookmark(false).await?,
+                _ = bookmark.tick(), if self.bookmarks => {
+                    self.send_bookmark(std::mem::take(&mut ends_initial)).await?;
+                }
                 () = self.lines.closed() => return Err(Over),
             }
         }
@@ -152,7 +160,7 @@ impl Watch {
         Err(Over)
     }
 
-    async fn send_all(&mut self, marked: bool) -> Result<(), Over> {
+    async fn send_all(&mut self) -> Result<(), Over> {
         let Scope { kind, namespace, selector } = &self.scope;
         let page = lock(&self.shared.store).page(*kind, namespace.as_deref(), selector, 0, None);
         let Ok(page) = page else { return Err(Over) };
@@ -160,7 +168,7 @@ impl Watch {
             self.send(line("ADDED", *kind, object)).await?;
         }
         self.version = page.version;
-        if marked && self.bookmarks { self.send_bookmark(true).await } else { Ok(()) }
+        Ok(())
     }
 
     async fn send_changes(&mut self) -> Result<(), Over> {
