@@ -242,7 +242,9 @@ fn start_log(args: &Args, file: &File) -> Result<()> {
         4.. if args.log == args::DEFAULT_LOG => "debug",
         _ => &args.log,
     };
-    let filter = EnvFilter::try_new(directives).with_context(|| format!("--log {directives}"))?;
+    // They log each failed request, after we did and without a word of what it is about; `--log kube_client=debug` still can.
+    let quieter = format!("kube_client=off,kube_runtime=off,{directives}");
+    let filter = EnvFilter::try_new(quieter).with_context(|| format!("--log {directives}"))?;
     let ansi = std::io::stderr().is_terminal();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
     match args.log_format {

@@ -210,6 +210,13 @@ pub fn endpoint_slice(
             );
             continue;
         };
+        if is_special(addr) {
+            noted.warn(
+                format!("endpoints[{index}].addresses[0]"),
+                format!("{addr} is no address of an endpoint; it is left out"),
+            );
+            continue;
+        }
         let conditions = endpoint.conditions.clone().unwrap_or_default();
         let hints = endpoint.hints.clone().unwrap_or_default();
         endpoints.push(Endpoint {
@@ -224,6 +231,16 @@ pub fn endpoint_slice(
     }
     let service = ObjectName::new(name.namespace.clone(), service.as_str());
     Some(EndpointSlice { service, family, ports: ports.collect(), endpoints, name })
+}
+
+/// What API servers refuse as an endpoint (`ValidateEndpointIP`): whoever could have one would reach listeners that
+/// trust the node's loopback, or the metadata service of a cloud.
+fn is_special(addr: IpAddr) -> bool {
+    let link_local = match addr {
+        IpAddr::V4(addr) => addr.is_link_local(),
+        IpAddr::V6(addr) => addr.is_unicast_link_local(),
+    };
+    link_local || addr.is_unspecified() || addr.is_loopback() || addr.is_multicast()
 }
 
 /// A Node.
@@ -421,6 +438,21 @@ mod tests {
         assert_eq!((slice.ports.len(), slice.endpoints.len(), warnings.len()), (1, 1, 1));
         let endpoint = &slice.endpoints[0];
         assert!(endpoint.ready && endpoint.serving && !endpoint.terminating);
+    }
+
+    #[test]
+    fn endpoints_that_would_be_the_node_itself_are_left_out() {
+        let object = serde_yaml_ng::from_str(
+            "{metadata: {name: s, labels: {kubernetes.io/service-name: web}}, addressType: IPv4, endpoints: [{addresses: [127.0.0.1]}, {addresses: [0.0.0.0]}, {addresses: [169.254.169.254]}, {addresses: [224.0.0.1]}, {addresses: [10.1.0.1]}]}",
+        )
+        .unwrap();
+        let mut warnings = Vec::new();
+        let slice = endpoint_slice(&object, &mut warnings).unwrap();
+        assert_eq!((slice.endpoints.len(), warnings.len()), (1, 4));
+        assert_eq!(
+            warnings[0].to_string(),
+            "EndpointSlice default/s: endpoints[0].addresses[0]: 127.0.0.1 is no address of an endpoint; it is left out"
+        );
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub struct Cluster {
     agents: Vec<(String, Option<Child>)>,
     /// More options for every agent.
     pub agent_options: Vec<String>,
+    /// Agents watch the API server of this file, instead of reading manifests.
+    pub kubeconfig: Option<PathBuf>,
     /// Where agents find programs, if not where everybody does.
     pub agent_path: Option<PathBuf>,
 }
@@ -93,8 +95,14 @@ pub fn node_manifests() -> String {
 impl Cluster {
     /// A client and two nodes, each with `pods` pods named `pod<node><number>` from 1 up.
     pub fn new(cni: Cni, pods: u8) -> Result<Self> {
-        let mut cluster =
-            Self { lab: Lab::new()?, cni, agents: Vec::new(), agent_options: Vec::new(), agent_path: None };
+        let mut cluster = Self {
+            lab: Lab::new()?,
+            cni,
+            agents: Vec::new(),
+            agent_options: Vec::new(),
+            kubeconfig: None,
+            agent_path: None,
+        };
         cluster.build_lan()?;
         for node in [1, 2] {
             cluster.build_node(node)?;
@@ -210,13 +218,24 @@ impl Cluster {
 
     /// Starts several nodes' agents at once and waits until all are programmed.
     pub fn start_agents(&mut self, nodes: &[u8]) -> Result<()> {
-        for node in nodes {
-            let child = self.spawn_agent(*node)?;
-            let name = format!("node{node}");
-            self.agents.retain(|(known, _)| *known != name);
-            self.agents.push((name, Some(child)));
-        }
+        nodes.iter().try_for_each(|node| self.launch_agent(*node))?;
         nodes.iter().try_for_each(|node| self.wait_until_healthy(*node))
+    }
+
+    /// Starts a node's agent, which may never get anything to program.
+    pub fn launch_agent(&mut self, node: u8) -> Result<()> {
+        let child = self.spawn_agent(node)?;
+        let name = format!("node{node}");
+        self.agents.retain(|(known, _)| *known != name);
+        self.agents.push((name, Some(child)));
+        Ok(())
+    }
+
+    /// The process of a node's agent.
+    pub fn agent_pid(&self, node: u8) -> Option<u32> {
+        let name = format!("node{node}");
+        let agent = self.agents.iter().find(|(known, _)| *known == name);
+        agent.and_then(|(_, child)| child.as_ref()).map(Child::id)
     }
 
     fn spawn_agent(&self, node: u8) -> Result<Child> {
@@ -225,10 +244,12 @@ impl Cluster {
         fs::create_dir_all(&cgroup)?;
         let log = fs::File::options().create(true).append(true).open(self.agent_log(node))?;
         let mut command = self.lab.command_in(&name, &format!("agents/{name}"), &program("lb-agent"))?;
+        command.args(["run", "--node-name", &name]);
+        match &self.kubeconfig {
+            Some(path) => command.arg("--kubeconfig").arg(path),
+            None => command.arg("--manifests").arg(self.manifests()),
+        };
         command
-            .args(["run", "--node-name", &name])
-            .arg("--manifests")
-            .arg(self.manifests())
             .arg("--bpf-root")
             .arg(self.lab.bpf_root(&name))
             .arg("--cgroup-root")
@@ -248,7 +269,8 @@ impl Cluster {
         self.agent_options.iter().any(|option| ["--mode", "--config"].contains(&option.as_str()))
     }
 
-    fn wait_until_healthy(&mut self, node: u8) -> Result<()> {
+    /// Waits until a node's agent is programmed.
+    pub fn wait_until_healthy(&mut self, node: u8) -> Result<()> {
         let name = format!("node{node}");
         let limit = patience(Duration::from_secs(60));
         let deadline = Instant::now() + limit;
@@ -289,7 +311,8 @@ impl Cluster {
         self.lab.dir().join(format!("node{node}.log"))
     }
 
-    fn log_tail(&self, node: u8) -> String {
+    /// The last lines of it.
+    pub fn log_tail(&self, node: u8) -> String {
         let text = fs::read_to_string(self.agent_log(node)).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(20)..].join("\n")

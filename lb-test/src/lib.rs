@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub mod apiserver;
 pub mod cluster;
 pub mod e2e;
 pub mod flows;

@@ -71,6 +71,11 @@ impl Lab {
         format!("{}-{name}", self.name)
     }
 
+    /// Where a namespace can be opened.
+    pub fn ns_path(&self, name: &str) -> PathBuf {
+        Path::new("/run/netns").join(self.ns(name))
+    }
+
     /// Makes a namespace with loopback up.
     pub fn add_ns(&mut self, name: &str) -> Result<()> {
         let full = self.ns(name);
@@ -152,7 +157,7 @@ impl Lab {
 
     /// Runs on a thread of its own, inside a namespace.
     pub fn inside<T: Send>(&self, ns: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let ns = fs::File::open(format!("/run/netns/{}", self.ns(ns))).context("open the namespace")?;
+        let ns = fs::File::open(self.ns_path(ns)).context("open the namespace")?;
         let enter = || {
             // SAFETY: moves this thread alone, into a namespace that lives as long as the lab.
             if unsafe { libc::setns(ns.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {

@@ -15,6 +15,10 @@ const LIMIT: Duration = Duration::from_secs(60 * 60);
 /// Builds and runs the benchmark with these arguments.
 pub fn run(args: &[&str], in_vm: bool) -> Result<()> {
     build_ebpf::run()?;
+    if args.first() == Some(&"api") {
+        // It starts a real agent.
+        cargo::run(&["build", "--quiet", "--release", "-p", "lb-agent"])?;
+    }
     if !in_vm {
         let run = ["run", "--quiet", "--release", "-p", "lb-test", "--bin", "bench", "--"];
         return cargo::run(&[&run, args].concat());

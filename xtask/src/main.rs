@@ -50,9 +50,9 @@ enum Command {
         #[arg(long)]
         write: bool,
     },
-    /// Measure: `packet` is ns per packet, `sync` is programming time.
+    /// Measure: `packet` is ns per packet, `sync` is programming time, `api` is an agent's start at an API server.
     Bench {
-        /// packet or sync.
+        /// packet, sync or api.
         what: String,
         /// Machine-readable output.
         #[arg(long)]

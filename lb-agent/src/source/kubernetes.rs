@@ -1,19 +1,16 @@
 //! Objects from an API server.
 //!
-//! Each kind has a watch of its own, with bookmarks and back-off. A relist deletes what vanished; an API server that
-//! is away deletes nothing. Objects that don't deserialise are skipped, with a warning and an Event.
+//! Each kind has a [watch](super::watch) of its own.
 
-use std::{collections::BTreeSet, fmt::Debug, path::PathBuf, sync::Arc};
+use std::{fmt::Debug, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
-use futures::StreamExt;
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery, networking::v1 as networking};
 use kube::{
-    Api, Client, Config, Resource, ResourceExt,
+    Client, Config, Resource,
+    client::ClientBuilder,
     config::{KubeConfigOptions, Kubeconfig},
-    core::DeserializeGuard,
     runtime::{
-        WatchStreamExt,
         events::{Event as KubeEvent, EventType, Recorder, Reporter},
         watcher,
     },
@@ -21,9 +18,13 @@ use kube::{
 use lb_core::model::{Event, ObjectName, Warning};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
-use tracing::{debug, warn};
+use tower::timeout::TimeoutLayer;
+use tracing::debug;
 
-use super::{Report, Reports, Source};
+use super::{
+    Report, Reports, Source,
+    watch::{Told, watch},
+};
 use crate::convert;
 
 /// The API server to watch.
@@ -41,7 +42,7 @@ pub struct Kubernetes {
 impl Kubernetes {
     async fn client(&self) -> Result<Client> {
         let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
-        let config = match &self.kubeconfig {
+        let mut config = match &self.kubeconfig {
             Some(path) => {
                 let kubeconfig =
                     Kubeconfig::read_from(path).with_context(|| format!("read kubeconfig {}", path.display()))?;
@@ -51,12 +52,20 @@ impl Kubernetes {
                 "find an API server: neither a kubeconfig nor a service account; give --kubeconfig or --manifests",
             )?,
         };
-        Client::try_from(config).context("make an API client")
+        // The watches try again themselves, and say so.
+        config.default_retry = false;
+        let builder = ClientBuilder::try_from(config).context("make an API client")?;
+        Ok(builder.with_layer(&TimeoutLayer::new(ANSWER_LIMIT)).build())
     }
 }
 
+/// An answer must have begun after so long; kube itself waits for good. A watch's answer begins at once. A busy
+/// kube-apiserver lets requests queue for a quarter of its `--request-timeout` of a minute.
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
 /// A kind we watch.
-trait Watched: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static {
+pub trait Watched: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static {
+    /// Its name.
     const KIND: &'static str;
     /// An API server without this kind will do.
     const OPTIONAL: bool = false;
@@ -64,6 +73,7 @@ trait Watched: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + S
     fn config() -> watcher::Config;
     /// `None`: none of ours, as if it didn't exist.
     fn event(&self, warnings: &mut Vec<Warning>) -> Option<Event>;
+    /// It is gone.
     fn gone(name: ObjectName) -> Event;
 }
 
@@ -127,10 +137,10 @@ impl Source for Kubernetes {
     async fn run(self, reports: Reports) -> Result<()> {
         let client = self.client().await?;
         let reporter = Reporter { controller: "lb-agent".into(), instance: Some(self.node.to_string()) };
-        let recorder = self.events.then(|| Recorder::new(client.clone(), reporter));
+        let notes = self.events.then(|| publish(Recorder::new(client.clone(), reporter)));
         let (synced, mut all_synced) = mpsc::channel(4);
         let mut watches = tokio::task::JoinSet::new();
-        let to = Told { client, recorder, reports: reports.clone(), synced };
+        let to = Told { client, notes, reports: reports.clone(), synced };
         watches.spawn(watch::<core::Service>(to.clone()));
         watches.spawn(watch::<discovery::EndpointSlice>(to.clone()));
         watches.spawn(watch::<networking::ServiceCIDR>(to.clone()));
@@ -148,172 +158,32 @@ impl Source for Kubernetes {
     }
 }
 
-/// What a watch needs, and whom it tells.
-#[derive(Clone)]
-struct Told {
-    client: Client,
-    recorder: Option<Recorder>,
-    reports: Reports,
-    /// Everything that exists has been reported.
-    synced: mpsc::Sender<()>,
-}
+/// What is wrong with an object.
+pub type Note = (core::ObjectReference, Vec<Warning>);
 
-/// Watches one kind for good; an optional one ends if there is none.
-async fn watch<K: Watched>(to: Told) -> Result<()> {
-    let Told { client, recorder, reports, synced } = to;
-    let api: Api<DeserializeGuard<K>> = Api::all(client);
-    let mut stream = watcher(api, K::config()).default_backoff().boxed();
-    let mut known: BTreeSet<ObjectName> = BTreeSet::new();
-    let mut listed: BTreeSet<ObjectName> = BTreeSet::new();
-    let mut first = Some(synced);
-    let mut away = false;
-    while let Some(event) = stream.next().await {
-        let mut events = Vec::new();
-        let event = match event {
-            Ok(event) => event,
-            Err(error) if K::OPTIONAL && refusal(&error) == Some(NOT_FOUND) => {
-                debug!(kind = K::KIND, "this API server has no such kind");
-                if let Some(synced) = first.take() {
-                    synced.send(()).await?;
-                }
-                return Ok(());
-            }
-            Err(error) => {
-                if K::OPTIONAL
-                    && refusal(&error) == Some(FORBIDDEN)
-                    && let Some(synced) = first.take()
-                {
-                    warn!(kind = K::KIND, "the ClusterRole lacks list and watch of them; it works without");
-                    synced.send(()).await?;
-                } else if !away {
-                    warn!(kind = K::KIND, %error, "the API server is away; the kernel keeps its state");
-                }
-                away = true;
-                continue;
-            }
-        };
-        if away {
-            warn!(kind = K::KIND, "the API server is back");
-            away = false;
-        }
-        let done = matches!(event, watcher::Event::InitDone);
-        match event {
-            watcher::Event::Init => listed.clear(),
-            watcher::Event::InitApply(object) => {
-                let name = name_of(&object);
-                listed.insert(name.clone());
-                take(object, name, &mut known, &mut events, &recorder, &reports).await?;
-            }
-            watcher::Event::InitDone => {
-                let vanished: Vec<ObjectName> = known.difference(&listed).cloned().collect();
-                known.retain(|name| listed.contains(name));
-                events.extend(vanished.into_iter().map(K::gone));
-            }
-            watcher::Event::Apply(object) => {
-                let name = name_of(&object);
-                take(object, name, &mut known, &mut events, &recorder, &reports).await?;
-            }
-            watcher::Event::Delete(object) => {
-                let name = name_of(&object);
-                if known.remove(&name) {
-                    reports.send(Report::Warnings(origin::<K>(&name), Vec::new())).await?;
-                    events.push(K::gone(name));
-                }
+/// Notes that may wait for the API server to take them; more are dropped, for they are in the log as well.
+const NOTES: usize = 256;
+
+/// Puts notes on their objects as Events, beside the watches: nothing waits for that. The recorder folds repeats.
+fn publish(recorder: Recorder) -> mpsc::Sender<Note> {
+    let (notes, mut noted) = mpsc::channel::<Note>(NOTES);
+    tokio::spawn(async move {
+        while let Some((object, warnings)) = noted.recv().await {
+            if let Err(error) = recorder.publish(&event_of(&warnings), &object).await {
+                debug!(%error, "Event not published");
             }
         }
-        if !events.is_empty() {
-            reports.send(Report::Changed(events)).await?;
-        }
-        if done && let Some(synced) = first.take() {
-            synced.send(()).await?;
-        }
-    }
-    Ok(())
+    });
+    notes
 }
 
-/// HTTP.
-const FORBIDDEN: u16 = 403;
-const NOT_FOUND: u16 = 404;
-
-/// The code with which an API server refused to list or watch.
-fn refusal(error: &watcher::Error) -> Option<u16> {
-    match error {
-        watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => Some(status.code),
-        _ => None,
-    }
-}
-
-fn origin<K: Watched>(name: &ObjectName) -> String {
-    format!("{} {name}", K::KIND)
-}
-
-fn name_of<K: Watched>(object: &DeserializeGuard<K>) -> ObjectName {
-    let meta = match &object.0 {
-        Ok(object) => object.meta(),
-        Err(invalid) => &invalid.metadata,
-    };
-    ObjectName::new(meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
-}
-
-/// Takes an object in; one that can't be read keeps what was known of it.
-async fn take<K: Watched>(
-    object: DeserializeGuard<K>,
-    name: ObjectName,
-    known: &mut BTreeSet<ObjectName>,
-    events: &mut Vec<Event>,
-    recorder: &Option<Recorder>,
-    reports: &Reports,
-) -> Result<()> {
-    let mut warnings = Vec::new();
-    match object.0 {
-        Ok(object) => {
-            debug!(kind = K::KIND, name = object.name_any(), "seen");
-            match object.event(&mut warnings) {
-                Some(event) => {
-                    known.insert(name.clone());
-                    events.push(event);
-                }
-                None if known.remove(&name) => events.push(K::gone(name.clone())),
-                None => {}
-            }
-            if !warnings.is_empty() {
-                tell(recorder, &object.object_ref(&()), &warnings).await;
-            }
-        }
-        Err(invalid) => {
-            warnings.push(Warning {
-                object: origin::<K>(&name),
-                field: "object".into(),
-                problem: format!("{}; it is skipped", invalid.error),
-            });
-            let mut reference = k8s_openapi::api::core::v1::ObjectReference {
-                api_version: Some(K::api_version(&()).into_owned()),
-                kind: Some(K::KIND.into()),
-                ..Default::default()
-            };
-            reference.name = invalid.metadata.name.clone();
-            reference.namespace = invalid.metadata.namespace.clone();
-            reference.uid = invalid.metadata.uid.clone();
-            tell(recorder, &reference, &warnings).await;
-        }
-    }
-    reports.send(Report::Warnings(origin::<K>(&name), warnings)).await?;
-    Ok(())
-}
-
-/// Puts the warnings on the object as an Event; the recorder folds repeats.
-async fn tell(recorder: &Option<Recorder>, object: &core::ObjectReference, warnings: &[Warning]) {
-    let Some(recorder) = recorder else { return };
+fn event_of(warnings: &[Warning]) -> KubeEvent {
     let note = warnings.iter().map(|warning| format!("{}: {}", warning.field, warning.problem));
-    let event = KubeEvent {
+    KubeEvent {
         type_: EventType::Warning,
         reason: "NotServed".into(),
         note: Some(note.collect::<Vec<_>>().join("; ")),
         action: "Resolve".into(),
         secondary: None,
-    };
-    if let Err(error) = recorder.publish(&event, object).await {
-        debug!(%error, "Event not published");
     }
 }

@@ -2,6 +2,8 @@
 
 pub mod kubernetes;
 pub mod manifests;
+mod trouble;
+mod watch;
 
 use lb_core::model::{Event, Warning};
 use notify::{

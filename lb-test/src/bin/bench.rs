@@ -31,6 +31,8 @@ use lb_core::{
     rules, synthetic,
 };
 use lb_test::{
+    apiserver::ApiServer,
+    cluster::{CLIENT as CLIENT_ADDRESS, Cluster, Cni},
     netns,
     object::{CLIENT_MAC, NODE_MAC, Node, OTHER_MAC, Run, source_of},
     packet::{Frame, syn, tcp},
@@ -61,6 +63,12 @@ enum What {
         #[arg(long, value_delimiter = ',', default_values = ["ebpf", "nftables", "iptables", "ipvs"])]
         modes: Vec<Mode>,
     },
+    /// An agent that starts at an API server with so many Services of 10 endpoints each, and 1 000 Nodes.
+    Api {
+        /// How many Services, one measurement each.
+        #[arg(long, value_delimiter = ',', default_values_t = [1_000, 10_000])]
+        services: Vec<u32>,
+    },
 }
 
 fn main() -> Result<()> {
@@ -68,6 +76,7 @@ fn main() -> Result<()> {
     let rows = match args.what {
         What::Packet => packet()?,
         What::Sync { services, modes } => sync(&services, &modes)?,
+        What::Api { services } => services.iter().map(|count| api(*count)).collect::<Result<_>>()?,
     };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&json!({ "machine": machine(), "rows": rows }))?);
@@ -402,4 +411,73 @@ fn rss_mib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+}
+
+/// How long a real agent takes from its start until it is programmed, and the most memory it needs.
+fn api(services: u32) -> Result<Value> {
+    let mut cluster = Cluster::new(Cni::Routed, 0)?;
+    let server = ApiServer::start(&cluster.lab, "client", format!("{CLIENT_ADDRESS}:6443").parse()?)?;
+    fill(&server, services)?;
+    cluster.kubeconfig = Some(server.kubeconfig()?);
+    let started = Instant::now();
+    cluster.start_agents(&[1])?;
+    let elapsed = started.elapsed();
+    let pid = cluster.agent_pid(1).context("an agent")?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let kib = |field: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(field));
+        line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok())
+    };
+    Ok(json!({
+        "case": format!("api server, {services} services"),
+        "ms": elapsed.as_millis() as u64,
+        "peak_mib": kib("VmHWM:").map(|kib| kib / 1024),
+        "mib": kib("VmRSS:").map(|kib| kib / 1024),
+    }))
+}
+
+/// Objects as large as real ones: a slice of 10 endpoints with all that its controller writes.
+fn fill(server: &ApiServer, services: u32) -> Result<()> {
+    for number in 0..1_000 {
+        let address = Ipv4Addr::from(0xac10_0000 + number);
+        server.put_value(json!({
+            "kind": "Node",
+            "metadata": {"name": format!("worker-{number}"), "labels": {"topology.kubernetes.io/zone": "a"}},
+            "spec": {"podCIDRs": [format!("{}/24", Ipv4Addr::from(0x0a80_0000 + number * 256))]},
+            "status": {
+                "addresses": [{"type": "InternalIP", "address": address}, {"type": "Hostname", "address": format!("worker-{number}")}],
+                "images": (0..50).map(|image| json!({"names": [format!("registry.example/image-{image}@sha256:{number:064x}")], "sizeBytes": 1})).collect::<Vec<_>>(),
+            },
+        }))?;
+    }
+    for number in 0..services {
+        let name = format!("service-{number}");
+        server.put_value(json!({
+            "kind": "Service",
+            "metadata": {"name": name, "labels": {"app": name}},
+            "spec": {
+                "clusterIP": Ipv4Addr::from(0x0a60_0000 + number + 10),
+                "selector": {"app": name},
+                "ports": [{"name": "http", "port": 80, "targetPort": 8080, "protocol": "TCP"}],
+            },
+        }))?;
+        let endpoints = (0..10).map(|endpoint| json!({
+            "addresses": [Ipv4Addr::from(0x0a80_0000 + number * 16 + endpoint + 1)],
+            "conditions": {"ready": true, "serving": true, "terminating": false},
+            "nodeName": format!("worker-{}", (number + endpoint) % 1_000),
+            "targetRef": {"kind": "Pod", "namespace": "default", "name": format!("{name}-{endpoint}"), "uid": "11111111-1111-4111-8111-111111111111"},
+            "zone": "a",
+        }));
+        server.put_value(json!({
+            "kind": "EndpointSlice",
+            "metadata": {
+                "name": format!("{name}-abcde"),
+                "labels": {"kubernetes.io/service-name": name, "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io"},
+            },
+            "addressType": "IPv4",
+            "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+            "endpoints": endpoints.collect::<Vec<_>>(),
+        }))?;
+    }
+    Ok(())
 }
