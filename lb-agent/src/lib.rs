@@ -12,6 +12,7 @@ pub mod netlink;
 pub mod nfnetlink;
 pub mod print;
 pub mod probe;
+pub mod reconcile;
 pub mod render;
 pub mod retire;
 pub mod run;

@@ -15,6 +15,8 @@ const DONE: u16 = 3;
 pub const REQUEST: u16 = 1;
 /// It is to say that it has done so.
 pub const ACK: u16 = 4;
+/// `NLM_F_DUMP_INTR`: what was listed changed meanwhile, so that something may be missing.
+const DUMP_INTERRUPTED: u16 = 16;
 /// All objects.
 pub const DUMP: u16 = 0x300;
 /// Made if not there.
@@ -57,22 +59,45 @@ impl Netfilter {
         self.socket.send_to(&message, &Kernel::new(0, 0), 0).map(drop)
     }
 
-    /// Hands over type and attributes of each message of the answer, until its end.
+    /// Hands over type and attributes of each message of the answer, until its end. A list that is not whole ends with
+    /// [`io::ErrorKind::Interrupted`].
     pub fn receive(&self, mut take: impl FnMut(u16, &[u8])) -> io::Result<()> {
+        let mut is_whole = true;
         loop {
-            let (datagram, _) = self.socket.recv_from_full()?;
-            for (kind, sequence, payload) in messages(&datagram) {
-                if sequence != self.sequence {
-                    continue;
-                }
-                match kind {
-                    DONE => return Ok(()),
-                    ERROR => return outcome(payload),
-                    _ => take(kind, payload.get(NF_HEADER..).unwrap_or_default()),
-                }
+            if let Some(end) = read(&self.datagram()?, self.sequence, &mut is_whole, &mut take) {
+                return end;
             }
         }
     }
+
+    /// The next datagram; a signal that comes in between changes nothing.
+    fn datagram(&self) -> io::Result<Vec<u8>> {
+        loop {
+            match self.socket.recv_from_full() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                received => return received.map(|(datagram, _)| datagram),
+            }
+        }
+    }
+}
+
+/// Hands over what a datagram has of an answer, and says how it ended if it did.
+fn read(
+    datagram: &[u8],
+    sequence: u32,
+    is_whole: &mut bool,
+    mut take: impl FnMut(u16, &[u8]),
+) -> Option<io::Result<()>> {
+    for message in messages(datagram).filter(|message| message.sequence == sequence) {
+        *is_whole &= message.flags & DUMP_INTERRUPTED == 0;
+        match message.kind {
+            DONE if *is_whole => return Some(Ok(())),
+            DONE => return Some(Err(io::ErrorKind::Interrupted.into())),
+            ERROR => return Some(outcome(message.payload)),
+            kind => take(kind, message.payload.get(NF_HEADER..).unwrap_or_default()),
+        }
+    }
+    None
 }
 
 /// `NFNL_SUBSYS_NFTABLES`, and `NFT_MSG_GETGEN` with its attribute `NFTA_GEN_ID`.
@@ -108,15 +133,26 @@ fn outcome(payload: &[u8]) -> io::Result<()> {
     }
 }
 
-/// The messages of a datagram: type, sequence number, payload.
-fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8])> {
+/// A message without its header.
+struct Message<'a> {
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    payload: &'a [u8],
+}
+
+/// The messages of a datagram.
+fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Message<'_>> {
     std::iter::from_fn(move || {
         let len = u32::from_ne_bytes(*datagram.first_chunk()?) as usize;
         let message = datagram.get(..len).filter(|_| len >= HEADER)?;
         datagram = datagram.get(aligned(len)..).unwrap_or_default();
-        let kind = u16::from_ne_bytes([message[4], message[5]]);
-        let sequence = u32::from_ne_bytes([message[8], message[9], message[10], message[11]]);
-        Some((kind, sequence, &message[HEADER..]))
+        Some(Message {
+            kind: u16::from_ne_bytes([message[4], message[5]]),
+            flags: u16::from_ne_bytes([message[6], message[7]]),
+            sequence: u32::from_ne_bytes([message[8], message[9], message[10], message[11]]),
+            payload: &message[HEADER..],
+        })
     })
 }
 
@@ -159,6 +195,26 @@ pub fn plain(kind: u16, value: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn message(kind: u16, flags: u16, sequence: u32) -> Vec<u8> {
+        let mut bytes = (HEADER as u32).to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(flags.to_ne_bytes());
+        bytes.extend(sequence.to_ne_bytes());
+        bytes.extend(0u32.to_ne_bytes());
+        bytes
+    }
+
+    #[test]
+    fn a_list_that_changed_meanwhile_is_not_taken_for_whole() {
+        for (flags, wanted) in [(0, Ok(())), (DUMP_INTERRUPTED, Err(io::ErrorKind::Interrupted))] {
+            let (mut is_whole, mut taken) = (true, 0);
+            let datagram = [message(7, flags, 3), message(7, 0, 2), message(7, 0, 3)].concat();
+            assert!(read(&datagram, 3, &mut is_whole, |_, _| taken += 1).is_none());
+            let end = read(&message(DONE, 0, 3), 3, &mut is_whole, |_, _| taken += 1).unwrap();
+            assert_eq!((end.map_err(|error| error.kind()), taken), (wanted, 2));
+        }
+    }
 
     #[test]
     fn truncated_messages_and_attributes_end_the_reading() {

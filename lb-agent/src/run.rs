@@ -39,6 +39,7 @@ use crate::{
     },
     drift::dry_run::DryRun,
     netlink::{self, HostNetwork, Netlink},
+    reconcile::Reconciler,
     retire::Retire,
     serve::{self, Health},
     source::{Report, Source, kubernetes::Kubernetes, manifests::Manifests},
@@ -309,6 +310,8 @@ pub struct Worker {
     interval: Duration,
     /// What other modes left; a dry run leaves it alone.
     retire: Option<Retire>,
+    /// Ends netfilter's flows to backends that are gone, where netfilter translates.
+    reconciler: Option<Reconciler>,
     /// Changes since the last success.
     pending: Changes,
     synced: bool,
@@ -341,6 +344,7 @@ impl Worker {
             interval: Duration::from_millis(config.min_sync_interval_ms),
             retire: (!config.dry_run)
                 .then(|| Retire::new(config.mode, Pins::new(&config.bpf_root), config.replace_kube_proxy)),
+            reconciler: (config.mode != Mode::Ebpf && !config.dry_run).then(Reconciler::default),
             pending: Changes::default(),
             synced: false,
             addressed: false,
@@ -359,6 +363,7 @@ impl Worker {
         loop {
             let check_every = self.datapath.check_every();
             let patience = if self.is_retiring() { RETIRE_EVERY.min(check_every) } else { check_every };
+            let patience = self.reconcile_in().map_or(patience, |due| due.min(patience));
             let input = inputs.recv_timeout(retry.unwrap_or(patience));
             match input {
                 Ok(Input::Shutdown) | Err(std_mpsc::RecvTimeoutError::Disconnected) => return,
@@ -391,6 +396,7 @@ impl Worker {
                         self.programmed.notify_one();
                     }
                     (retry, wait, first) = (None, RETRY.0, false);
+                    self.reconcile();
                     if self.is_retiring() && retired.is_none_or(|at: Instant| at.elapsed() >= RETIRE_EVERY) {
                         retired = Some(Instant::now());
                         self.retire_others();
@@ -439,6 +445,9 @@ impl Worker {
         }
         let table = self.compiler.table();
         let report = self.datapath.apply(table, &self.pending).map_err(anyhow::Error::from)?;
+        if let Some(reconciler) = &mut self.reconciler {
+            reconciler.note(&self.pending);
+        }
         self.pending = Changes::default();
         let elapsed = started.elapsed();
         let refused: Vec<String> = report.refused.iter().map(ToString::to_string).collect();
@@ -458,6 +467,16 @@ impl Worker {
         );
         self.health.applied(table, elapsed, report.refused.len());
         Ok(())
+    }
+
+    fn reconcile_in(&self) -> Option<Duration> {
+        self.reconciler.as_ref().and_then(Reconciler::due_in)
+    }
+
+    fn reconcile(&mut self) {
+        if let Some(reconciler) = &mut self.reconciler {
+            reconciler.run(self.compiler.table(), &self.health);
+        }
     }
 
     fn is_retiring(&self) -> bool {
