@@ -1,15 +1,19 @@
-//! Which of netfilter's UDP flows no longer go where a table says, so that their next datagram has to choose anew.
+//! Which flows have lost their backend: netfilter's UDP flows whose next datagram has to choose anew ([`is_stale`]), and who
+//! is still there at all ([`Backends`]).
 //!
 //! A datagram has no SYN by which a flow could begin again: what conntrack once translated, or let pass before there was
 //! anything to translate to, goes on that way for as long as the client talks. kube-proxy forgets such flows after each
 //! change (`pkg/proxy/conntrack/cleanup.go`), and so do we, but that a NodePort is one of the node's own addresses, and
 //! that an address which several Services claim is its owner's.
 
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+};
 
 use crate::{
     model::{Family, Protocol},
-    table::{Changes, FrontendAddr, ServiceTable},
+    table::{Changes, FrontendAddr, ServiceEntry, ServicePortId, ServiceTable},
 };
 
 /// A UDP flow as conntrack knows it.
@@ -43,13 +47,62 @@ pub fn families(changes: &Changes) -> BTreeSet<Family> {
     services.chain(frontends.map(|addr| Family::of(addr.addr))).collect()
 }
 
+/// Who can still be on the other end of a flow: for UDP every endpoint that serves; for TCP every endpoint there is, because
+/// connections outlast their endpoint's readiness.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Backends {
+    of: BTreeMap<ServicePortId, BTreeSet<SocketAddr>>,
+    /// How many service ports have it.
+    uses: BTreeMap<(Protocol, SocketAddr), usize>,
+}
+
+impl Backends {
+    /// Follows these changes of the table. Returns whether anybody is gone.
+    pub fn update(&mut self, table: &ServiceTable, changes: &Changes) -> bool {
+        let mut touched = BTreeSet::new();
+        for id in &changes.services {
+            let now = table.services.get(id).map(|entry| alive(id, entry)).unwrap_or_default();
+            let before = self.of.remove(id).unwrap_or_default();
+            for addr in now.difference(&before) {
+                *self.uses.entry((id.protocol, *addr)).or_default() += 1;
+            }
+            for addr in before.difference(&now) {
+                touched.insert((id.protocol, *addr));
+                self.release((id.protocol, *addr));
+            }
+            if !now.is_empty() {
+                self.of.insert(id.clone(), now);
+            }
+        }
+        touched.iter().any(|(protocol, addr)| !self.contains(*protocol, *addr))
+    }
+
+    fn release(&mut self, backend: (Protocol, SocketAddr)) {
+        let Some(uses) = self.uses.get_mut(&backend) else { return };
+        *uses -= 1;
+        if *uses == 0 {
+            self.uses.remove(&backend);
+        }
+    }
+
+    /// A flow of this protocol to this address may go on.
+    pub fn contains(&self, protocol: Protocol, addr: SocketAddr) -> bool {
+        self.uses.contains_key(&(protocol, addr))
+    }
+}
+
+fn alive(id: &ServicePortId, entry: &ServiceEntry) -> BTreeSet<SocketAddr> {
+    let more = if id.protocol == Protocol::Udp { &[][..] } else { &entry.not_serving };
+    entry.serving.iter().chain(more).map(|(addr, port)| SocketAddr::new(*addr, *port)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::IpAddr;
 
     use super::*;
     use crate::{
-        compile::{CompileConfig, NodeView, compile},
+        compile::{CompileConfig, Compiler, NodeView, compile},
         model::{Endpoint, EndpointSlice, Event, Service, SlicePort},
         snapshot::ClusterSnapshot,
         synthetic,
@@ -167,5 +220,70 @@ mod tests {
         assert_eq!(families(&all), BTreeSet::from([Family::V4]));
         let only_vips = Changes { services: BTreeSet::new(), frontends: BTreeSet::new(), ..all };
         assert_eq!(families(&only_vips), BTreeSet::new());
+    }
+
+    fn with_protocol(protocol: Protocol, texts: &[&str]) -> ServiceTable {
+        let (mut service, mut slice) = (dns(0), endpoints(0, texts));
+        service.ports[0].protocol = protocol;
+        slice.ports[0].protocol = protocol;
+        table(vec![(service, slice)])
+    }
+
+    #[test]
+    fn a_connection_outlasts_readiness_and_a_datagram_does_not() {
+        for (protocol, down_is_alive) in [(Protocol::Tcp, true), (Protocol::Udp, false)] {
+            let mut backends = Backends::default();
+            let at = |addr| SocketAddr::new(ip(addr), 5353);
+            let before = with_protocol(protocol, &["10.1.0.1 serving", "10.1.0.2 serving"]);
+            assert!(!backends.update(&before, &Changes::all(&before)), "nobody was known");
+            let after = with_protocol(protocol, &["10.1.0.1 serving", "10.1.0.2 down"]);
+            assert_eq!(backends.update(&after, &Changes::all(&after)), !down_is_alive);
+            assert!(backends.contains(protocol, at("10.1.0.1")));
+            assert_eq!(backends.contains(protocol, at("10.1.0.2")), down_is_alive);
+            let last = with_protocol(protocol, &["10.1.0.1 serving"]);
+            assert_eq!(backends.update(&last, &Changes::all(&after)), down_is_alive);
+            assert!(!backends.contains(protocol, at("10.1.0.2")));
+        }
+    }
+
+    #[test]
+    fn whoever_follows_changes_knows_what_the_last_table_says() {
+        let mut state = 0x2545_f491_4f6c_dd1du64;
+        let mut random = |limit: u32| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 32) as u32 % limit
+        };
+        let node = NodeView { name: "node-1".into(), zone: None, addresses: Vec::new() };
+        let mut compiler = Compiler::new(CompileConfig::default(), node);
+        let mut followed = Backends::default();
+        let mut gone = 0;
+        for step in 0..500 {
+            let i = random(4);
+            compiler.apply(match random(5) {
+                0 => Event::ServiceGone(dns(i).name),
+                1 => Event::Service(dns(i)),
+                // Services share addresses.
+                _ => {
+                    let states = ["serving", "down"].map(|state| format!("10.1.0.{} {state}", random(4)));
+                    endpoints_event(i, &states[..random(3) as usize])
+                }
+            });
+            let changes = compiler.compile();
+            let before = followed.clone();
+            let told = followed.update(compiler.table(), &changes);
+            let mut fresh = Backends::default();
+            fresh.update(compiler.table(), &Changes::all(compiler.table()));
+            assert_eq!(followed, fresh, "step {step}");
+            assert_eq!(told, before.uses.keys().any(|key| !fresh.uses.contains_key(key)), "step {step}");
+            gone += u32::from(told);
+        }
+        assert!(gone > 50, "nobody ever goes: {gone}");
+    }
+
+    fn endpoints_event(i: u32, texts: &[String]) -> Event {
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        Event::EndpointSlice(endpoints(i, &texts))
     }
 }
