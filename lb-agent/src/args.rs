@@ -398,6 +398,10 @@ pub struct RunArgs {
     /// itself has to be gone.
     #[arg(long)]
     replace_kube_proxy: bool,
+    /// What becomes of TCP connections and connected UDP sockets when their backend is gone from all EndpointSlices (for
+    /// UDP: when it no longer serves). In the ebpf mode only.
+    #[arg(long, default_value = "keep")]
+    on_backend_gone: OnBackendGone,
     /// Policy.
     #[command(flatten)]
     policy: PolicyArgs,
@@ -420,6 +424,16 @@ pub struct RunArgs {
     /// Least time between two writes to the kernel, in milliseconds: what changes meanwhile is written together.
     #[arg(long, default_value_t = 5)]
     min_sync_interval_ms: u64,
+}
+
+/// `--on-backend-gone` of `run`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnBackendGone {
+    /// They are left to their own timeouts.
+    Keep,
+    /// After a second sockets get ECONNABORTED (who sends on a UDP socket: EDESTADDRREQ), and connections that are translated packet by packet a reset with their
+    /// next segment. A terminating backend is not gone.
+    Reset,
 }
 
 /// Where objects come from.
@@ -473,6 +487,8 @@ pub struct Config {
     pub ipvs: IpvsConfig,
     /// kube-proxy's rules are removed once this mode serves.
     pub replace_kube_proxy: bool,
+    /// What becomes of connections to backends that are gone.
+    pub on_backend_gone: OnBackendGone,
     /// Map sizes.
     pub sizes: Sizes,
     /// Which packets to log.
@@ -498,6 +514,11 @@ impl RunArgs {
         if mode != Mode::Ebpf && self.trace_packets.is_some() {
             bail!("--trace-packets follows packets through BPF programs: run it with --mode ebpf");
         }
+        if mode != Mode::Ebpf && self.on_backend_gone == OnBackendGone::Reset {
+            bail!(
+                "--on-backend-gone reset is done by BPF programs and by what they remember: run it with --mode ebpf"
+            );
+        }
         let names = |text: &str| {
             text.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect()
         };
@@ -520,6 +541,7 @@ impl RunArgs {
             compile: self.policy.compile(mode),
             rules: self.policy.rules(),
             replace_kube_proxy: self.replace_kube_proxy,
+            on_backend_gone: self.on_backend_gone,
             ipvs: IpvsConfig { scheduler: self.policy.ipvs_scheduler(), strict_arp: self.ipvs_strict_arp },
             sizes: Sizes { flows: self.flows_max.max(1024) },
             trace: self.trace_packets.as_deref().map(trace::parse_filter).transpose()?,

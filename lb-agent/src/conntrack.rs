@@ -11,7 +11,10 @@ use std::{
 use lb_common::net::PROTO_TCP;
 use lb_core::model::Family;
 
-use crate::nfnetlink::{ACK, CREATE, DUMP, Netfilter, REQUEST, find, nested, plain};
+use crate::{
+    nfnetlink::Netfilter,
+    nlmsg::{ACK, CREATE, DUMP, REQUEST, find, listed, nested, plain},
+};
 
 /// `NFNL_SUBSYS_CTNETLINK`, as the high byte of a message's type; the low byte is what is asked.
 const SUBSYSTEM: u16 = 1 << 8;
@@ -93,7 +96,7 @@ impl Conntrack {
     /// Those connections of a family that are wanted; the others take no memory. A list that is not whole is asked for
     /// again, some times.
     pub fn find(&mut self, family: Family, wanted: impl Fn(&Entry) -> bool) -> io::Result<Vec<Entry>> {
-        repeated(LIST_TRIES, || {
+        listed(|| {
             self.0.send(SUBSYSTEM | GET, REQUEST | DUMP, family, &[])?;
             let mut entries = Vec::new();
             self.0.receive(|kind, payload| {
@@ -135,20 +138,6 @@ impl Conntrack {
         self.0.send(SUBSYSTEM | NEW, REQUEST | ACK | CREATE, family(orig), &body)?;
         self.0.receive(|_, _| {})
     }
-}
-
-/// How often the table is listed before it is said that it can't be.
-const LIST_TRIES: u32 = 5;
-
-/// Tries again what was interrupted.
-fn repeated<T>(tries: u32, mut list: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    for _ in 1..tries {
-        match list() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result,
-        }
-    }
-    list()
 }
 
 fn family(tuple: &Tuple) -> Family {
@@ -235,24 +224,6 @@ mod tests {
         // ICMP has no ports.
         let ip = nested(attribute::TUPLE_IP, &plain(attribute::V4_SRC, &[192, 0, 2, 9]));
         assert_eq!(parse(&nested(attribute::TUPLE_ORIG, &ip)), None);
-    }
-
-    #[test]
-    fn what_is_interrupted_is_tried_again_but_not_for_ever() {
-        let after = |interruptions: u32, error: io::ErrorKind| {
-            let mut calls = 0;
-            let result = repeated(LIST_TRIES, || {
-                calls += 1;
-                if calls <= interruptions { Err(io::Error::from(error)) } else { Ok(calls) }
-            });
-            (result.map_err(|error| error.kind()), calls)
-        };
-        let interrupted = io::ErrorKind::Interrupted;
-        assert_eq!(after(0, interrupted), (Ok(1), 1));
-        assert_eq!(after(4, interrupted), (Ok(5), 5));
-        assert_eq!(after(9, interrupted), (Err(interrupted), 5));
-        let denied = io::ErrorKind::PermissionDenied;
-        assert_eq!(after(1, denied), (Err(denied), 1));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use tokio::sync::{Notify, mpsc};
 use tracing::{info, warn};
 
 use crate::{
-    args::{Config, Mode, SourceConfig},
+    args::{Config, Mode, OnBackendGone, SourceConfig},
     datapath::{
         Datapath,
         ebpf::{
@@ -40,6 +40,7 @@ use crate::{
     drift::dry_run::DryRun,
     netlink::{self, HostNetwork, Netlink},
     reconcile::Reconciler,
+    reset::Resetter,
     retire::Retire,
     serve::{self, Health},
     source::{Report, Source, kubernetes::Kubernetes, manifests::Manifests},
@@ -202,7 +203,8 @@ impl Host {
             host_netns_cookie: netns_cookie().context("read the network namespace's cookie (kernel 5.14)")?,
             routing_generation: before.routing_generation,
             // Programs that drain go on with that until the maps are full.
-            flags: before.flags,
+            flags: before.flags & node_flags::DRAINING
+                | if config.on_backend_gone == OnBackendGone::Reset { node_flags::RESETS } else { 0 },
             snat_port_first,
             snat_port_count,
             ..NodeConfig::default()
@@ -312,6 +314,8 @@ pub struct Worker {
     retire: Option<Retire>,
     /// Ends netfilter's flows to backends that are gone, where netfilter translates.
     reconciler: Option<Reconciler>,
+    /// Resets connections to backends that are gone, if told to.
+    resetter: Option<Resetter>,
     /// Changes since the last success.
     pending: Changes,
     synced: bool,
@@ -345,6 +349,8 @@ impl Worker {
             retire: (!config.dry_run)
                 .then(|| Retire::new(config.mode, Pins::new(&config.bpf_root), config.replace_kube_proxy)),
             reconciler: (config.mode != Mode::Ebpf && !config.dry_run).then(Reconciler::default),
+            resetter: (config.on_backend_gone == OnBackendGone::Reset && !config.dry_run)
+                .then(|| Resetter::new(Pins::new(&config.bpf_root), config.cgroup_root.clone().ok())),
             pending: Changes::default(),
             synced: false,
             addressed: false,
@@ -363,7 +369,7 @@ impl Worker {
         loop {
             let check_every = self.datapath.check_every();
             let patience = if self.is_retiring() { RETIRE_EVERY.min(check_every) } else { check_every };
-            let patience = self.reconcile_in().map_or(patience, |due| due.min(patience));
+            let patience = self.follow_up_in().map_or(patience, |due| due.min(patience));
             let input = inputs.recv_timeout(retry.unwrap_or(patience));
             match input {
                 Ok(Input::Shutdown) | Err(std_mpsc::RecvTimeoutError::Disconnected) => return,
@@ -396,7 +402,7 @@ impl Worker {
                         self.programmed.notify_one();
                     }
                     (retry, wait, first) = (None, RETRY.0, false);
-                    self.reconcile();
+                    self.follow_up();
                     if self.is_retiring() && retired.is_none_or(|at: Instant| at.elapsed() >= RETIRE_EVERY) {
                         retired = Some(Instant::now());
                         self.retire_others();
@@ -448,6 +454,9 @@ impl Worker {
         if let Some(reconciler) = &mut self.reconciler {
             reconciler.note(&self.pending);
         }
+        if let Some(resetter) = &mut self.resetter {
+            resetter.note(table, &self.pending);
+        }
         self.pending = Changes::default();
         let elapsed = started.elapsed();
         let refused: Vec<String> = report.refused.iter().map(ToString::to_string).collect();
@@ -469,13 +478,19 @@ impl Worker {
         Ok(())
     }
 
-    fn reconcile_in(&self) -> Option<Duration> {
-        self.reconciler.as_ref().and_then(Reconciler::due_in)
+    /// How long until flows of backends that are gone are to be looked at.
+    fn follow_up_in(&self) -> Option<Duration> {
+        let reconcile = self.reconciler.as_ref().and_then(Reconciler::due_in);
+        let reset = self.resetter.as_ref().and_then(Resetter::due_in);
+        reconcile.into_iter().chain(reset).min()
     }
 
-    fn reconcile(&mut self) {
+    fn follow_up(&mut self) {
         if let Some(reconciler) = &mut self.reconciler {
             reconciler.run(self.compiler.table(), &self.health);
+        }
+        if let Some(resetter) = &mut self.resetter {
+            resetter.run();
         }
     }
 
