@@ -47,7 +47,7 @@ pub struct Answer {
     pub client: Option<String>,
     /// Who the client's socket says it talks to.
     pub peer: Option<String>,
-    /// `refused`, `timeout`, `reset`, `aborted`, `denied`, `other`.
+    /// `refused`, `timeout`, `reset`, `aborted`, `unconnected`, `denied`, `other`.
     pub error: Option<String>,
     /// How long it took, in milliseconds.
     pub ms: u64,

@@ -307,3 +307,88 @@ fn the_invalid_conntrack_state_bug_would_do_harm() {
     talk.until_answered_by("pod22").unwrap();
     talk.until(Duration::from_secs(10), |answer| answer.error.is_some()).unwrap();
 }
+
+const RESET: &[&str] = &["--on-backend-gone", "reset"];
+
+/// Whoever a node's hooks or programs connected to this NodePort, ClusterIP or externally.
+fn connected_clients(node_port: &str) -> [Client<'_>; 5] {
+    [
+        // By packets, from a pod and from outside, and by socket hooks.
+        ("pod11", None, CLUSTER_IP),
+        ("client", None, node_port),
+        ("pod11", Some(1), CLUSTER_IP),
+        ("pod11", Some(1), CLUSTER_IP6),
+        ("node1", Some(1), CLUSTER_IP),
+    ]
+}
+
+#[test]
+fn tcp_to_a_backend_that_is_gone_is_reset_if_told_so() {
+    let node_port = format!("{}:{NODE_PORT}", node_ip(1));
+    // On another node, and on the one that is dialled.
+    for (old, new) in [((2, 2), (2, 3)), ((1, 2), (1, 3))] {
+        let name = |(node, number): (u8, u8)| format!("pod{node}{number}");
+        let cluster = cluster_with("ebpf", &[&name(old), &name(new)], RESET);
+        let pod = |(node, number): (u8, u8), conditions| (node, number, conditions);
+        apply(&cluster, "", &[pod(old, READY)], 8080);
+        let mut talks = connected_clients(&node_port).map(|(from, served, target)| {
+            until(|| cluster.tcp(from, served, target).unwrap().id.is_some());
+            Talk::tcp(&cluster, (from, served), target, &[]).unwrap()
+        });
+        // Not on its way out, and not while it is only unready.
+        for conditions in [DRAINING, UNREADY] {
+            apply(&cluster, "", &[pod(old, conditions), pod(new, READY)], 8080);
+            until(|| cluster.tcp("pod11", None, CLUSTER_IP).unwrap().id.as_deref() == Some(&name(new)));
+            for talk in &mut talks {
+                talk.stays_with(&name(old), 100).unwrap();
+            }
+        }
+        apply(&cluster, "", &[pod(new, READY)], 8080);
+        for talk in &mut talks {
+            let end = talk.until(Duration::from_secs(10), |answer| answer.error.is_some()).unwrap();
+            assert!(matches!(end.error.as_deref(), Some("reset" | "aborted")), "{end:?}");
+        }
+        let status = cluster.agent(1, &["status"]).unwrap();
+        assert!(status.contains("refuse_backend_gone"), "{status}");
+    }
+}
+
+#[test]
+fn connected_udp_sockets_get_an_error_when_their_backend_is_gone_if_told_so() {
+    for (options, ends) in [(RESET, true), (&[], false)] {
+        let cluster = cluster_with("ebpf", &["pod22", "pod23"], options);
+        apply(&cluster, "", &[(2, 2, READY)], 8080);
+        let clients =
+            [("pod11", Some(1), CLUSTER_IP), ("pod11", Some(1), CLUSTER_IP6), ("node1", Some(1), CLUSTER_IP)];
+        let mut talks = clients.map(|(from, served, target)| {
+            until(|| cluster.tcp(from, served, target).unwrap().id.is_some());
+            let port = if target == CLUSTER_IP { "12345" } else { "12346" };
+            Talk::udp(&cluster, (from, served), target, port.parse().unwrap(), &["--connected"]).unwrap()
+        });
+        // Connected by a program of nobody's cgroup, straight to the backend: not ours to end.
+        let mut other = Talk::udp(
+            &cluster,
+            ("pod12", Some(1)),
+            &format!("{}:8080", pod_ip(2, 2)),
+            12345,
+            &["--connected"],
+        )
+        .unwrap();
+        for talk in talks.iter_mut().chain([&mut other]) {
+            talk.until_answered_by("pod22").unwrap();
+        }
+        apply(&cluster, "", &[(2, 3, READY)], 8080);
+        until(|| cluster.tcp("pod11", None, CLUSTER_IP).unwrap().id.as_deref() == Some("pod23"));
+        for talk in &mut talks {
+            if ends {
+                let end = talk.until(Duration::from_secs(10), |answer| answer.error.is_some()).unwrap();
+                // Who waits is told; who sends finds that the socket has no peer any more.
+                assert!(matches!(end.error.as_deref(), Some("aborted" | "unconnected")), "{end:?}");
+            } else {
+                // As with TCP, the choice is made once, when the socket connects.
+                talk.stays_with("pod22", 100).unwrap();
+            }
+        }
+        other.stays_with("pod22", 100).unwrap();
+    }
+}

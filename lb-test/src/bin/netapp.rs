@@ -313,6 +313,7 @@ impl Sequence {
 
 fn failure(error: &std::io::Error, started: Instant) -> serde_json::Value {
     let kind = match error.kind() {
+        _ if error.raw_os_error() == Some(libc::EDESTADDRREQ) => "unconnected",
         ErrorKind::ConnectionRefused => "refused",
         ErrorKind::TimedOut | ErrorKind::WouldBlock => "timeout",
         ErrorKind::ConnectionReset => "reset",
