@@ -11,7 +11,10 @@ use std::{
 use lb_common::net::PROTO_TCP;
 use lb_core::model::Family;
 
-use crate::nfnetlink::{ACK, CREATE, DUMP, Netfilter, REQUEST, find, nested, plain};
+use crate::{
+    nfnetlink::Netfilter,
+    nlmsg::{ACK, CREATE, DUMP, REQUEST, find, listed, nested, plain},
+};
 
 /// `NFNL_SUBSYS_CTNETLINK`, as the high byte of a message's type; the low byte is what is asked.
 const SUBSYSTEM: u16 = 1 << 8;
@@ -87,14 +90,22 @@ impl Conntrack {
 
     /// All TCP and UDP connections of a family.
     pub fn list(&mut self, family: Family) -> io::Result<Vec<Entry>> {
-        self.0.send(SUBSYSTEM | GET, REQUEST | DUMP, family, &[])?;
-        let mut entries = Vec::new();
-        self.0.receive(|kind, payload| {
-            if kind == SUBSYSTEM | NEW {
-                entries.extend(parse(payload));
-            }
-        })?;
-        Ok(entries)
+        self.find(family, |_| true)
+    }
+
+    /// Those connections of a family that are wanted; the others take no memory. A list that is not whole is asked for
+    /// again, some times.
+    pub fn find(&mut self, family: Family, wanted: impl Fn(&Entry) -> bool) -> io::Result<Vec<Entry>> {
+        listed(|| {
+            self.0.send(SUBSYSTEM | GET, REQUEST | DUMP, family, &[])?;
+            let mut entries = Vec::new();
+            self.0.receive(|kind, payload| {
+                if kind == SUBSYSTEM | NEW {
+                    entries.extend(parse(payload).filter(&wanted));
+                }
+            })?;
+            Ok(entries)
+        })
     }
 
     /// Forgets a connection; its next packet begins a new one.

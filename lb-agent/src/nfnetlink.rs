@@ -1,77 +1,36 @@
-//! netfilter's netlink: messages, attributes, and the generation of nftables' ruleset.
+//! netfilter's netlink: messages, and the generation of nftables' ruleset.
 //!
-//! `include/uapi/linux/netlink.h`, `linux/netfilter/nfnetlink.h`, `linux/netfilter/nf_tables.h`. Headers are in native byte
-//! order, numbers in attributes in network order.
+//! `include/uapi/linux/netfilter/nfnetlink.h`, `linux/netfilter/nf_tables.h`. Numbers in attributes are in network order.
 
 use std::io;
 
 use lb_core::model::Family;
-use netlink_sys::{Socket, SocketAddr as Kernel, protocols::NETLINK_NETFILTER};
+use netlink_sys::protocols::NETLINK_NETFILTER;
 
-/// `NLMSG_ERROR`, `NLMSG_DONE` and `NLM_F_*` (`include/uapi/linux/netlink.h`).
-const ERROR: u16 = 2;
-const DONE: u16 = 3;
-/// The kernel is asked.
-pub const REQUEST: u16 = 1;
-/// It is to say that it has done so.
-pub const ACK: u16 = 4;
-/// All objects.
-pub const DUMP: u16 = 0x300;
-/// Made if not there.
-pub const CREATE: u16 = 0x400;
+use crate::nlmsg::{ACK, Link, REQUEST, find};
 
-/// `NLA_F_NESTED`: the attribute holds attributes.
-const NESTED: u16 = 0x8000;
-
-/// Length of a message's header, and of the nfnetlink header after it.
-const HEADER: usize = 16;
+/// Length of the nfnetlink header, which follows the message's.
 const NF_HEADER: usize = 4;
 
 /// A socket to netfilter in this network namespace.
-pub struct Netfilter {
-    socket: Socket,
-    sequence: u32,
-}
+pub struct Netfilter(Link);
 
 impl Netfilter {
     /// Opens it.
     pub fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
-        Ok(Self { socket, sequence: 0 })
+        Link::open(NETLINK_NETFILTER).map(Self)
     }
 
     /// Sends a message of this type: subsystem in the high byte, what is asked in the low one.
     pub fn send(&mut self, kind: u16, flags: u16, family: Family, body: &[u8]) -> io::Result<()> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let len = HEADER + NF_HEADER + body.len();
-        let mut message = Vec::with_capacity(len);
-        message.extend((len as u32).to_ne_bytes());
-        message.extend(kind.to_ne_bytes());
-        message.extend(flags.to_ne_bytes());
-        message.extend(self.sequence.to_ne_bytes());
-        // The kernel fills our port in.
-        message.extend(0u32.to_ne_bytes());
-        message.extend([number(family), 0, 0, 0]);
-        message.extend(body);
-        self.socket.send_to(&message, &Kernel::new(0, 0), 0).map(drop)
+        let mut payload = vec![number(family), 0, 0, 0];
+        payload.extend(body);
+        self.0.send(kind, flags, &payload)
     }
 
-    /// Hands over type and attributes of each message of the answer, until its end.
+    /// Hands over type and attributes of each message of the answer, as [`Link::receive`] does.
     pub fn receive(&self, mut take: impl FnMut(u16, &[u8])) -> io::Result<()> {
-        loop {
-            let (datagram, _) = self.socket.recv_from_full()?;
-            for (kind, sequence, payload) in messages(&datagram) {
-                if sequence != self.sequence {
-                    continue;
-                }
-                match kind {
-                    DONE => return Ok(()),
-                    ERROR => return outcome(payload),
-                    _ => take(kind, payload.get(NF_HEADER..).unwrap_or_default()),
-                }
-            }
-        }
+        self.0.receive(|kind, payload| take(kind, payload.get(NF_HEADER..).unwrap_or_default()))
     }
 }
 
@@ -96,77 +55,5 @@ fn number(family: Family) -> u8 {
     match family {
         Family::V4 => libc::AF_INET as u8,
         Family::V6 => libc::AF_INET6 as u8,
-    }
-}
-
-/// What an error message says: a negative errno, or 0 for done.
-fn outcome(payload: &[u8]) -> io::Result<()> {
-    match payload.first_chunk().map(|bytes| i32::from_ne_bytes(*bytes)) {
-        Some(0) => Ok(()),
-        Some(errno) => Err(io::Error::from_raw_os_error(-errno)),
-        None => Err(io::Error::other("the kernel's answer is truncated")),
-    }
-}
-
-/// The messages of a datagram: type, sequence number, payload.
-fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8])> {
-    std::iter::from_fn(move || {
-        let len = u32::from_ne_bytes(*datagram.first_chunk()?) as usize;
-        let message = datagram.get(..len).filter(|_| len >= HEADER)?;
-        datagram = datagram.get(aligned(len)..).unwrap_or_default();
-        let kind = u16::from_ne_bytes([message[4], message[5]]);
-        let sequence = u32::from_ne_bytes([message[8], message[9], message[10], message[11]]);
-        Some((kind, sequence, &message[HEADER..]))
-    })
-}
-
-fn aligned(len: usize) -> usize {
-    (len + 3) & !3
-}
-
-/// The attributes of a payload: type, value.
-pub fn attributes(mut payload: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let [l0, l1, k0, k1] = *payload.first_chunk()?;
-        let len = usize::from(u16::from_ne_bytes([l0, l1]));
-        let value = payload.get(4..len)?;
-        payload = payload.get(aligned(len)..).unwrap_or_default();
-        Some((u16::from_ne_bytes([k0, k1]) & !NESTED, value))
-    })
-}
-
-/// The value of the first attribute of this type.
-pub fn find(payload: &[u8], wanted: u16) -> Option<&[u8]> {
-    attributes(payload).find_map(|(kind, value)| (kind == wanted).then_some(value))
-}
-
-/// An attribute that holds attributes.
-pub fn nested(kind: u16, value: &[u8]) -> Vec<u8> {
-    plain(kind | NESTED, value)
-}
-
-/// An attribute.
-pub fn plain(kind: u16, value: &[u8]) -> Vec<u8> {
-    let len = 4 + value.len();
-    let mut bytes = Vec::with_capacity(aligned(len));
-    bytes.extend((len as u16).to_ne_bytes());
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend(value);
-    bytes.resize(aligned(len), 0);
-    bytes
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn truncated_messages_and_attributes_end_the_reading() {
-        assert_eq!(messages(&[40, 0, 0, 0, 1, 1]).count(), 0);
-        assert_eq!(messages(&[0; 16]).count(), 0);
-        assert_eq!(attributes(&[1, 0, 0, 0]).count(), 0);
-        let whole = nested(1, &plain(2, &[7, 8, 9]));
-        assert_eq!(find(find(&whole, 1).unwrap(), 2), Some(&[7, 8, 9][..]));
-        (0..whole.len()).for_each(|len| assert_eq!(attributes(&whole[..len]).count(), 0, "{len}"));
     }
 }

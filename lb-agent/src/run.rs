@@ -26,7 +26,7 @@ use tokio::sync::{Notify, mpsc};
 use tracing::{info, warn};
 
 use crate::{
-    args::{Config, Mode, RunArgs, SourceConfig},
+    args::{Config, Mode, OnBackendGone, RunArgs, SourceConfig},
     config::{self, File, settings::DetectLocal, watch::Watched},
     datapath::{
         Datapath,
@@ -43,6 +43,8 @@ use crate::{
     },
     drift::dry_run::DryRun,
     netlink::{self, HostNetwork, Netlink},
+    reconcile::Reconciler,
+    reset::Resetter,
     retire::Retire,
     serve::{self, Health},
     source::{Report, Source, kubernetes::Kubernetes, manifests::Manifests},
@@ -240,7 +242,8 @@ impl Host {
             host_netns_cookie: netns_cookie().context("read the network namespace's cookie (kernel 5.14)")?,
             routing_generation: before.routing_generation,
             // Programs that drain go on with that until the maps are full.
-            flags: before.flags,
+            flags: before.flags & node_flags::DRAINING
+                | if config.on_backend_gone == OnBackendGone::Reset { node_flags::RESETS } else { 0 },
             snat_port_first,
             snat_port_count,
             ..NodeConfig::default()
@@ -351,6 +354,10 @@ pub struct Worker {
     by_pod_cidrs: Option<ByPodCidrs>,
     /// What other modes left; a dry run leaves it alone.
     retire: Option<Retire>,
+    /// Ends netfilter's flows to backends that are gone, where netfilter translates.
+    reconciler: Option<Reconciler>,
+    /// Resets connections to backends that are gone, if told to.
+    resetter: Option<Resetter>,
     /// Changes since the last success.
     pending: Changes,
     synced: bool,
@@ -397,6 +404,9 @@ impl Worker {
             by_pod_cidrs: ByPodCidrs::new(config),
             retire: (!config.dry_run)
                 .then(|| Retire::new(config.mode, Pins::new(&config.bpf_root), config.replace_kube_proxy)),
+            reconciler: (config.mode != Mode::Ebpf && !config.dry_run).then(Reconciler::default),
+            resetter: (config.on_backend_gone == OnBackendGone::Reset && !config.dry_run)
+                .then(|| Resetter::new(Pins::new(&config.bpf_root), config.cgroup_root.clone().ok())),
             pending: Changes::default(),
             synced: false,
             addressed: false,
@@ -416,6 +426,7 @@ impl Worker {
         loop {
             let check_every = self.datapath.check_every();
             let patience = if self.is_retiring() { RETIRE_EVERY.min(check_every) } else { check_every };
+            let patience = self.follow_up_in().map_or(patience, |due| due.min(patience));
             let input = inputs.recv_timeout(retry.unwrap_or(patience));
             match input {
                 Ok(Input::Shutdown) | Err(std_mpsc::RecvTimeoutError::Disconnected) => return,
@@ -450,6 +461,7 @@ impl Worker {
                         self.programmed.notify_one();
                     }
                     (retry, wait, first) = (None, RETRY.0, false);
+                    self.follow_up();
                     if self.is_retiring() && retired.is_none_or(|at: Instant| at.elapsed() >= RETIRE_EVERY) {
                         retired = Some(Instant::now());
                         self.retire_others();
@@ -514,6 +526,12 @@ impl Worker {
         }
         let table = self.compiler.table();
         let report = self.datapath.apply(table, &self.pending).map_err(anyhow::Error::from)?;
+        if let Some(reconciler) = &mut self.reconciler {
+            reconciler.note(&self.pending);
+        }
+        if let Some(resetter) = &mut self.resetter {
+            resetter.note(table, &self.pending);
+        }
         self.pending = Changes::default();
         let elapsed = started.elapsed();
         let refused: Vec<String> = report.refused.iter().map(ToString::to_string).collect();
@@ -533,6 +551,22 @@ impl Worker {
         );
         self.health.applied(table, elapsed, report.refused.len());
         Ok(())
+    }
+
+    /// How long until flows of backends that are gone are to be looked at.
+    fn follow_up_in(&self) -> Option<Duration> {
+        let reconcile = self.reconciler.as_ref().and_then(Reconciler::due_in);
+        let reset = self.resetter.as_ref().and_then(Resetter::due_in);
+        reconcile.into_iter().chain(reset).min()
+    }
+
+    fn follow_up(&mut self) {
+        if let Some(reconciler) = &mut self.reconciler {
+            reconciler.run(self.compiler.table(), &self.health);
+        }
+        if let Some(resetter) = &mut self.resetter {
+            resetter.run();
+        }
     }
 
     fn is_retiring(&self) -> bool {

@@ -23,13 +23,18 @@ impl Scratch {
     /// Works inside, on a thread of its own: system calls of that thread and the programs it starts see this
     /// namespace.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
-        let enter = || {
-            // SAFETY: moves this thread alone, which ends here.
-            if unsafe { libc::setns(self.namespace.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(work())
-        };
-        thread::scope(|scope| scope.spawn(enter).join()).unwrap_or_else(|panic| resume_unwind(panic))
+        within(&self.namespace, work)
     }
+}
+
+/// Works inside a network namespace, on a thread of its own. Needs `CAP_SYS_ADMIN`.
+pub fn within<T: Send>(namespace: &File, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    let enter = || {
+        // SAFETY: moves this thread alone, which ends here.
+        if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(work())
+    };
+    thread::scope(|scope| scope.spawn(enter).join()).unwrap_or_else(|panic| resume_unwind(panic))
 }

@@ -1,6 +1,7 @@
 //! `/healthz`, `/livez` and `/metrics`.
 
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -9,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use axum::{Json, Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
-use lb_core::table::ServiceTable;
+use lb_core::{model::Family, table::ServiceTable};
 use serde_json::json;
 use tokio::task::JoinSet;
 
@@ -34,6 +35,8 @@ struct Inner {
     backends: usize,
     refused: usize,
     draining: Left,
+    /// Of each family: how often conntrack was reconciled, how long that took, and how many entries it cost.
+    reconciled: BTreeMap<Family, (u64, Duration, u64)>,
     /// Of a dry run: mode, and differences between its table and the kernel.
     differences: Option<(&'static str, usize)>,
 }
@@ -59,6 +62,15 @@ impl Health {
     /// So many connections of other modes are carried on.
     pub fn draining(&self, left: Left) {
         self.lock().draining = left;
+    }
+
+    /// netfilter's flows of a family were reconciled with the table; so many were forgotten.
+    pub fn reconciled(&self, family: Family, elapsed: Duration, deleted: u64) {
+        let mut inner = self.lock();
+        let (count, time, entries) = inner.reconciled.entry(family).or_default();
+        *count += 1;
+        *time += elapsed;
+        *entries += deleted;
     }
 
     /// A dry run found so many differences.
@@ -169,6 +181,7 @@ async fn metrics_page(State(shared): State<Shared>) -> String {
     for (mode, connections) in &inner.draining {
         let _ = writeln!(text, "lb_draining_connections{{mode=\"{mode}\"}} {connections}");
     }
+    reconciler_metrics(&mut text, &inner);
     if let Some((mode, count)) = inner.differences {
         let name = "lb_dry_run_differences";
         let _ =
@@ -186,6 +199,25 @@ async fn metrics_page(State(shared): State<Shared>) -> String {
         }
     }
     text
+}
+
+/// Under kube-proxy's names.
+fn reconciler_metrics(text: &mut String, inner: &Inner) {
+    let prefix = "kubeproxy_conntrack_reconciler";
+    if !inner.reconciled.is_empty() {
+        let _ = writeln!(
+            text,
+            "# HELP {prefix}_sync_duration_seconds Duration of conntrack's reconciliation.\n# TYPE {prefix}_sync_duration_seconds histogram\n# HELP {prefix}_deleted_entries_total Entries deleted from conntrack.\n# TYPE {prefix}_deleted_entries_total counter"
+        );
+    }
+    for (family, (count, time, entries)) in &inner.reconciled {
+        let name = format!("{prefix}_sync_duration_seconds");
+        let _ = writeln!(
+            text,
+            "{name}_bucket{{ip_family=\"{family}\",le=\"+Inf\"}} {count}\n{name}_sum{{ip_family=\"{family}\"}} {}\n{name}_count{{ip_family=\"{family}\"}} {count}\n{prefix}_deleted_entries_total{{ip_family=\"{family}\"}} {entries}",
+            time.as_secs_f64()
+        );
+    }
 }
 
 fn unix_secs(time: Option<SystemTime>) -> f64 {

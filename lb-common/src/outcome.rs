@@ -80,6 +80,8 @@ outcomes! {
     PassDraining = 27, "pass_draining";
     /// Passed: a datagram of a flow that netfilter translated before this datapath served.
     PassForeign = 28, "pass_foreign";
+    /// Refused: a connection whose backend is gone, where the agent was told to reset such.
+    RefuseBackendGone = 29, "refuse_backend_gone";
 }
 
 /// Room for outcomes per hook in the `METRICS` map.

@@ -14,6 +14,7 @@ pub mod ids;
 pub mod model;
 pub mod oracle;
 mod pods;
+pub mod reconcile;
 pub mod rules;
 pub mod snapshot;
 pub mod synthetic;

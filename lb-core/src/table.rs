@@ -170,6 +170,9 @@ pub struct ServiceEntry {
     /// All endpoints this node may ever send to that are *serving*, whatever the policies say now: flows to
     /// these are kept, UDP flows to others re-select (kube-proxy `conntrack/cleanup.go`).
     pub serving: Vec<(IpAddr, u16)>,
+    /// Endpoints that are there and don't serve (not ready, or on their way out): no backends, but connections to them
+    /// may still come to their own end.
+    pub not_serving: Vec<(IpAddr, u16)>,
 }
 
 /// What an address is, for ports of it that no frontend claims.

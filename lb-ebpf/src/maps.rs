@@ -112,6 +112,11 @@ pub static LB6_SCRATCH: PerCpuArray<Scratch<Addr6>, 1> = PerCpuArray::new();
 #[btf_map]
 pub static SOCK_PEERS: SkStorage<PeerValue> = SkStorage::new();
 
+/// Written by connect if connections are to be reset, read by the agent: UDP sockets by their cookie. The kernel lists a
+/// socket's storage with TCP sockets only (`net/ipv4/inet_diag.c: inet_sk_diag_fill`).
+#[btf_map]
+pub static SOCK_CONNECTED: LruHashMap<u64, PeerValue, 65536> = LruHashMap::new();
+
 /// Written by sendmsg, read by sendmsg and recvmsg: unconnected UDP sockets.
 #[btf_map]
 pub static SOCK_FLOWS: LruHashMap<SockFlowKey, SockFlowValue, 65536> = LruHashMap::new();

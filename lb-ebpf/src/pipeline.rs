@@ -76,7 +76,12 @@ pub fn leaving<C: Ctx, S: Subprograms>(ctx: &mut C) -> End {
         ETHERTYPE_IPV6 => S::known6(ctx, direction::OUT),
         _ => End::pass(Outcome::PassNotIp),
     };
-    if end.is_new_flow() { End::pass(Outcome::PassNotOurs) } else { end }
+    match end {
+        end if end.is_new_flow() => End::pass(Outcome::PassNotOurs),
+        // What leaves can't be answered.
+        end if end.is_refusal() => End::drop(Outcome::RefuseBackendGone),
+        end => end,
+    }
 }
 
 /// A packet of a known flow: one lookup, then its rewrite.

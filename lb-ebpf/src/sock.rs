@@ -207,16 +207,20 @@ fn connect<M: Form>(ctx: &SockAddrContext) -> Stage<End> {
         }
     };
     let backend = choice.backend;
-    remember_peer(
-        ctx,
-        &mut PeerValue {
-            frontend: bytes(M::to6(&addr)),
-            backend: bytes(M::to6(&backend.addr)),
-            frontend_port,
-            backend_port: backend.port,
-            backend_id: choice.id,
-        },
-    );
+    let mut peer = PeerValue {
+        frontend: bytes(M::to6(&addr)),
+        backend: bytes(M::to6(&backend.addr)),
+        frontend_port,
+        backend_port: backend.port,
+        backend_id: choice.id,
+    };
+    remember_peer(ctx, &mut peer);
+    if proto == PROTO_UDP && maps::node().is_some_and(|node| node.flags & node_flags::RESETS != 0) {
+        // SAFETY: the context is one the helper takes.
+        let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+        // Without it the socket is not found when its backend goes.
+        let _ = maps::SOCK_CONNECTED.insert(cookie, peer, 0);
+    }
     M::write(ctx, &backend.addr);
     set_port(ctx, backend.port);
     Ok(End::pass(Outcome::SockTranslated))

@@ -49,7 +49,7 @@ pub struct Answer {
     pub client: Option<String>,
     /// Who the client's socket says it talks to.
     pub peer: Option<String>,
-    /// `refused`, `timeout`, `reset`, `denied`, `other`.
+    /// `refused`, `timeout`, `reset`, `aborted`, `unconnected`, `denied`, `other`.
     pub error: Option<String>,
     /// How long it took, in milliseconds.
     pub ms: u64,
@@ -206,8 +206,13 @@ impl Cluster {
 
     /// Starts a server in a namespace, on all addresses.
     pub fn serve(&mut self, ns: &str, port: u16) -> Result<()> {
+        self.serve_as(ns, ns, port)
+    }
+
+    /// Starts a server that answers with this name.
+    pub fn serve_as(&mut self, id: &str, ns: &str, port: u16) -> Result<()> {
         let mut command = self.lab.command_in(ns, &format!("servers/{ns}"), &program("netapp"))?;
-        command.args(["serve", "--id", ns, "--listen", &format!("[::]:{port}")]);
+        command.args(["serve", "--id", id, "--listen", &format!("[::]:{port}")]);
         self.lab.start(command)
     }
 

@@ -120,6 +120,14 @@ impl Frame {
         }
     }
 
+    /// The reset that answers this segment in mid-stream: its data goes back with it.
+    pub fn reset(&self) -> Self {
+        let L4::Tcp { ack, .. } = &self.l4 else { panic!("only a segment is reset") };
+        let mut reset = self.refusal();
+        reset.l4 = L4::Tcp { flags: tcp_flags::RST, seq: *ack, ack: 0, window: 0, options: Vec::new() };
+        reset
+    }
+
     /// The ICMP port unreachable that refuses this datagram.
     pub fn unreachable(&self) -> Vec<u8> {
         let original = self.build();

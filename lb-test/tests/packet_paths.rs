@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use lb_agent::{
     conntrack::Tuple,
-    datapath::ebpf::{drain, foreign::Foreign},
+    datapath::ebpf::{drain, foreign::Foreign, gone},
 };
 use lb_common::outcome::Outcome::{self, *};
 use lb_core::{
@@ -320,6 +320,31 @@ fn refusals_are_answered() {
                 let question = inbound(udp(&world.client(4001), &to));
                 expect(&mut node, run, &question.build(), Verdict::Send, &question.unreachable(), outcome);
             }
+        }
+    }
+}
+
+#[test]
+fn connections_whose_backend_is_gone_are_reset() {
+    let mut node = node();
+    for world in [V4, V6] {
+        for (run, port) in [(Run::Xdp, 4001), (Run::NetdevIn, 4002)] {
+            let to = world.vip(REMOTE);
+            let ran = node.run(run, &opening(&world, 6, port, &to).build()).unwrap();
+            let masqueraded = source_of(&ran.frame);
+            assert_eq!(gone::mark(node.pins(), |_| true).unwrap(), 0);
+            let segment = following(&world, 6, port, &to);
+            assert_eq!(node.run(run, &segment.build()).unwrap().counted[0].1, ToRemoteBackend);
+            assert_eq!(gone::mark(node.pins(), |_| false).unwrap(), 1);
+            assert_eq!(gone::mark(node.pins(), |_| false).unwrap(), 0, "both are marked already");
+            let reset = segment.reset().build();
+            expect(&mut node, run, &segment.build(), Verdict::Send, &reset, RefuseBackendGone);
+            let backend = inbound(tcp(&world.at(world.far, 8080), &masqueraded.to_string(), ACK));
+            let reset = backend.reset().build();
+            expect(&mut node, run, &backend.build(), Verdict::Send, &reset, RefuseBackendGone);
+            // Nobody answers a reset with a reset.
+            let reset = inbound(tcp(&world.client(port), &to, RST)).build();
+            expect(&mut node, run, &reset, Verdict::Drop, &reset, DropUnanswered);
         }
     }
 }

@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, builder::PossibleValue};
 pub use policy::{DetectLocalMode, LegacyExternalIp, PolicyArgs};
-pub use run::{Config, Instead, RunArgs, SourceConfig};
+pub use run::{Config, Instead, OnBackendGone, RunArgs, SourceConfig};
 
 /// Serves Kubernetes Services on this node with eBPF.
 #[derive(Parser, Debug)]

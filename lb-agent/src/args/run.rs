@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Result, bail};
-use clap::{ArgAction, Args as ClapArgs};
+use clap::{ArgAction, Args as ClapArgs, ValueEnum};
 use lb_common::abi::TraceFilter;
 use lb_core::{compile::CompileConfig, rules};
 
@@ -74,6 +74,10 @@ pub struct RunArgs {
     /// itself has to be gone.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     replace_kube_proxy: Option<bool>,
+    /// What becomes of TCP connections and connected UDP sockets when their backend is gone from all EndpointSlices (for
+    /// UDP: when it no longer serves). In the ebpf mode only; keep if not given.
+    #[arg(long)]
+    on_backend_gone: Option<OnBackendGone>,
     /// Policy.
     #[command(flatten)]
     pub policy: PolicyArgs,
@@ -240,6 +244,16 @@ impl KubeProxyArgs {
     }
 }
 
+/// `--on-backend-gone` of `run`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnBackendGone {
+    /// They are left to their own timeouts.
+    Keep,
+    /// After a second sockets get ECONNABORTED (who sends on a UDP socket: EDESTADDRREQ), and connections that are
+    /// translated packet by packet a reset with their next segment. A terminating backend is not gone.
+    Reset,
+}
+
 /// What `run` is to do instead of serving.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Instead {
@@ -300,6 +314,8 @@ pub struct Config {
     pub ipvs: IpvsConfig,
     /// kube-proxy's rules are removed once this mode serves.
     pub replace_kube_proxy: bool,
+    /// What becomes of connections to backends that are gone.
+    pub on_backend_gone: OnBackendGone,
     /// Which packets to log.
     pub trace: Option<TraceFilter>,
     /// Least time between two writes.
@@ -353,6 +369,7 @@ impl RunArgs {
         put(&mut to.lb.xdp_mode, self.xdp_mode.and_then(typed));
         put(&mut to.lb.tc_mode, self.tc_mode.and_then(typed));
         put(&mut to.lb.replace_kube_proxy, self.replace_kube_proxy);
+        put(&mut to.lb.on_backend_gone, self.on_backend_gone.and_then(typed));
         put(&mut to.lb.flows_max, self.flows_max);
         put(&mut to.lb.min_sync_period, self.min_sync_period);
         if self.dry_run {
@@ -375,6 +392,11 @@ impl RunArgs {
         if mode != Mode::Ebpf && self.trace_packets.is_some() {
             bail!("--trace-packets follows packets through BPF programs: run it with --mode ebpf");
         }
+        if mode != Mode::Ebpf && settings.on_backend_gone == OnBackendGone::Reset {
+            bail!(
+                "--on-backend-gone reset is done by BPF programs and by what they remember: run it with --mode ebpf"
+            );
+        }
         Ok(Config {
             node_name: Arc::from(node_name(settings.node_name.clone())?),
             bpf_root: bpf_root.to_owned(),
@@ -390,6 +412,7 @@ impl RunArgs {
             rules: settings.rules(mode),
             ipvs: settings.ipvs,
             replace_kube_proxy: settings.replace_kube_proxy,
+            on_backend_gone: settings.on_backend_gone,
             trace: self.trace_packets.as_deref().map(trace::parse_filter).transpose()?,
             min_sync_period: settings.min_sync_period(mode),
             settings,

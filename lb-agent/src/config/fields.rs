@@ -133,6 +133,12 @@ pub const FIELDS: &[(&str, Here)] = &[
         Does("modern, or \"1.20\": kube-proxy 1.20's rules for externalIPs, in iptables mode"),
     ),
     ("lb.replaceKubeProxy", Does("once this mode serves, what kube-proxy left in its modes is removed")),
+    (
+        "lb.onBackendGone",
+        Does(
+            "keep or reset: what becomes of TCP connections and connected UDP sockets whose backend is gone, in ebpf mode",
+        ),
+    ),
 ];
 
 /// What the file gives: path, value and what that does; in the file's order. Unknown fields come with `None`.

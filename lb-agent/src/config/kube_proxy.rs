@@ -155,4 +155,5 @@ pub struct Lb {
     #[serde(rename = "legacyExternalIP")]
     pub legacy_external_ip: Option<String>,
     pub replace_kube_proxy: Option<bool>,
+    pub on_backend_gone: Option<String>,
 }

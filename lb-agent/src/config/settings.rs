@@ -20,7 +20,7 @@ use lb_core::{
 
 use super::kube_proxy::{Conntrack, KubeProxyConfiguration};
 use crate::{
-    args::{LegacyExternalIp, Mode, ModeChoice},
+    args::{LegacyExternalIp, Mode, ModeChoice, OnBackendGone},
     datapath::{
         ebpf::{
             attach::{Modes, TcMode, XdpMode},
@@ -96,6 +96,8 @@ pub struct Settings {
     pub cgroup_root: Option<PathBuf>,
     /// kube-proxy's leftovers go.
     pub replace_kube_proxy: bool,
+    /// What becomes of connections to backends that are gone.
+    pub on_backend_gone: OnBackendGone,
     node_ip: Option<IpAddr>,
     /// `None`: as the mode has it.
     node_port_addresses: Option<Vec<NodePortAddress>>,
@@ -171,6 +173,9 @@ impl Settings {
             sizes: Sizes { flows: file.lb.flows_max.unwrap_or(Sizes::default().flows).max(1024) },
             cgroup_root: given(&file.lb.cgroup_root).map(PathBuf::from),
             replace_kube_proxy: file.lb.replace_kube_proxy.unwrap_or(false),
+            on_backend_gone: p
+                .choice("lb.onBackendGone", &file.lb.on_backend_gone)
+                .unwrap_or(OnBackendGone::Keep),
             node_ip: bind.filter(|addr| !addr.is_unspecified() && !addr.is_loopback()),
             node_port_addresses: p.node_port_addresses(&file.node_port_addresses),
             localhost_node_ports: file.iptables.localhost_node_ports.unwrap_or(true),

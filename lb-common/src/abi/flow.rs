@@ -83,6 +83,8 @@ pub mod transmit {
     pub const FORWARD: u8 = 1;
     /// Rewritten and sent back where it came from.
     pub const TURN_AROUND: u8 = 2;
+    /// Answered with a reset; written by the agent, together with `next_hop::UNKNOWN`.
+    pub const RESET: u8 = 3;
 }
 
 /// Values of [`FlowValue::next_hop`].

@@ -29,6 +29,8 @@ pub struct NodeConfig {
 pub mod node_flags {
     /// Another datapath serves: flows that have an entry are carried on, everything new is left to it.
     pub const DRAINING: u32 = 1 << 0;
+    /// Connections to backends that are gone are reset: connected UDP sockets are noted in `SOCK_CONNECTED`.
+    pub const RESETS: u32 = 1 << 1;
 }
 
 /// A device packets may leave by.

@@ -1,5 +1,5 @@
-//! What the socket hooks remember: `SOCK_PEERS` (socket storage, one per connected socket) and `SOCK_FLOWS` (an LRU
-//! hash for unconnected UDP sockets).
+//! What the socket hooks remember: `SOCK_PEERS` (socket storage, one per connected socket), `SOCK_CONNECTED` (the same of UDP
+//! sockets by their cookie, if somebody wants to find them) and `SOCK_FLOWS` (an LRU hash for unconnected UDP sockets).
 
 use bytemuck::{Pod, Zeroable};
 

@@ -58,14 +58,18 @@ pub(super) fn categorize(
         }
         has_any |= endpoints.values().any(|endpoint| endpoint.ready || draining(endpoint));
     }
-    let serving = endpoints.iter().filter(|(_, endpoint)| endpoint.serving).map(|(key, _)| *key).collect();
+    let of = |serving| {
+        let of = endpoints.iter().filter(move |(_, endpoint)| endpoint.serving == serving);
+        of.map(|(key, _)| *key).collect()
+    };
+    let (serving, not_serving) = (of(true), of(false));
     let health_check_node_port = match (service.service_type, service.external_policy) {
         (ServiceType::LoadBalancer, TrafficPolicy::Local) => service.health_check_node_port,
         _ => 0,
     };
     let affinity_secs = service.affinity_secs;
     Categorized {
-        entry: ServiceEntry { affinity_secs, health_check_node_port, cluster, local, serving },
+        entry: ServiceEntry { affinity_secs, health_check_node_port, cluster, local, serving, not_serving },
         has_any,
     }
 }

@@ -88,6 +88,11 @@ impl<'a> Endpoints<'a> {
         }
     }
 
+    /// Those that serve, by no policy.
+    pub(super) fn serving(&self) -> Vec<SocketAddr> {
+        self.which(|endpoint| endpoint.serving)
+    }
+
     /// The endpoint is on this node.
     pub(super) fn here(&self, at: &SocketAddr) -> bool {
         self.all.get(at).is_some_and(|endpoint| self.is_here(endpoint))

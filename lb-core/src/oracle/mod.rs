@@ -94,6 +94,15 @@ impl Oracle<'_> {
         }
     }
 
+    /// Who may go on answering a flow that dialled this and has begun: whoever serves, by no policy. `None` if it is
+    /// nobody's.
+    pub fn may_answer(&self, flow: &Flow) -> Option<Vec<SocketAddr>> {
+        let dialled = self.dialled(flow)?;
+        let slices = self.cluster.slices(dialled.service);
+        let family = Family::of(flow.dst);
+        Some(Endpoints::of(dialled.port, family, &slices, self.node, self.zone()).serving())
+    }
+
     /// Of Services that claim the same, the oldest has it; within one, ClusterIPs go before load-balancer IPs, and
     /// those before externalIPs: an address that is both keeps its source ranges.
     fn dialled(&self, flow: &Flow) -> Option<Dialled<'_>> {

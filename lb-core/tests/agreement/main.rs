@@ -4,12 +4,15 @@
 
 mod random;
 
+use std::net::SocketAddr;
+
 use lb_core::{
     compile::compile,
     evaluate::evaluate,
     flow::{Answer, Dialect, Flow},
-    model::Family,
+    model::{Family, Protocol},
     oracle::Oracle,
+    reconcile::{UdpFlow, is_stale},
     rules::{nftables, trace},
     table::ServiceTable,
 };
@@ -108,4 +111,33 @@ fn ipvs_with_its_rules_does_what_the_reference_says() {
         |scene, table| trace::Ipvs::new(&table, &scene.node, &scene.rules_config()),
         |servers, flow| servers.trace(flow).unwrap_or_else(|error| panic!("{error}")),
     );
+}
+
+#[test]
+fn udp_flows_are_forgotten_that_the_reference_gives_to_others() {
+    let (mut kept, mut forgotten, mut not_ours) = (0, 0, 0);
+    for seed in 1..=CLUSTERS {
+        let mut random = Random::new(seed);
+        let scene = Scene::random(&mut random);
+        // The table's own dialect: which loopback addresses answer NodePorts differs by mode.
+        let dialect = Dialect::Ebpf;
+        let table = compile(&scene.cluster, &scene.node, &scene.compile_config(dialect)).table;
+        let oracle = Oracle { cluster: &scene.cluster, node: &scene.node, policy: &scene.policy, dialect };
+        for _ in 0..FLOWS {
+            let flow = Flow { protocol: Protocol::Udp, ..scene.flow(&mut random) };
+            let dialled = SocketAddr::new(flow.dst, flow.port);
+            let answers = scene.udp_answerer(dialled, &mut random);
+            let may_answer = oracle.may_answer(&flow);
+            let wanted = may_answer.as_ref().is_some_and(|list| !list.is_empty() && !list.contains(&answers));
+            let got = is_stale(&table, &UdpFlow { dialled, answers });
+            assert_eq!(wanted, got, "cluster {seed}: {dialled} by {answers}: {may_answer:?}\n{table}");
+            match may_answer {
+                None => not_ours += 1,
+                Some(_) if wanted => forgotten += 1,
+                Some(_) => kept += 1,
+            }
+        }
+    }
+    let seen = [kept, forgotten, not_ours];
+    assert!(seen.iter().all(|n| *n > 1000), "the flows show too little: {seen:?}");
 }

@@ -2,7 +2,11 @@
 //! families, all addresses a Service can have (nodes' own among them), policies, hints, every condition of endpoints,
 //! Services that claim one address, pods on the node's network, and clients of every kind.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 use lb_core::{
@@ -163,6 +167,18 @@ impl Scene {
         let of_family = |addr: &IpAddr| Family::of(*addr) == Family::of(dst);
         let sources: Vec<IpAddr> = sources.into_iter().map(ip).filter(of_family).collect();
         Flow { origin, source: *random.pick(&sources), dst, port: number, protocol }
+    }
+
+    /// Who answers a UDP flow: mostly somebody who may be an endpoint, else what was dialled.
+    pub fn udp_answerer(&self, dialled: SocketAddr, random: &mut Random) -> SocketAddr {
+        let of_family = |addr: &IpAddr| Family::of(*addr) == Family::of(dialled.ip());
+        let pods = [PODS_HERE, PODS_THERE].concat().into_iter().map(ip).filter(of_family);
+        match random.once_in(6) {
+            true => dialled,
+            false => {
+                SocketAddr::new(*random.pick(&pods.collect::<Vec<_>>()), *random.pick(&[8080, 8080, 8443]))
+            }
+        }
     }
 }
 

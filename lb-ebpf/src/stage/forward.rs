@@ -142,6 +142,9 @@ pub fn exit<F: Family, C: Ctx>(ctx: &C, entry: &mut FlowValue<F::Addr>, now: u32
         return Err(End::pass(Outcome::PassToTc));
     }
     if due || entry.next_hop == next_hop::UNKNOWN || entry.routing_generation != generation {
+        if entry.transmit == transmit::RESET {
+            return Err(End::refuse(Outcome::RefuseBackendGone));
+        }
         let (saddr, daddr) = (entry.saddr, entry.daddr);
         let scratch = F::scratch().ok_or(End::drop(Outcome::DropNoRoute))?;
         let route = route::<F, C>(ctx, &mut scratch.fib, &saddr, &daddr)?;

@@ -1,8 +1,9 @@
 //! The other end: an answer that says no. A SYN becomes a reset, a datagram becomes an ICMP port unreachable around
 //! it, and both go back where they came from, with the frontend as their source.
 //!
-//! The reset reuses the SYN's frame, its options blanked: swapping addresses and ports leaves every sum as it is,
-//! which also holds for a partial one.
+//! The reset reuses the segment's frame, its options blanked: swapping addresses and ports leaves every sum as it is,
+//! which also holds for a partial one. Data that a segment in mid-stream has goes back with it (RFC 9293 §3.1 lets a reset
+//! have some): the sum without them would have to be taken anew.
 
 use lb_common::{
     csum,
@@ -35,9 +36,13 @@ pub fn answer<F: Unreachable, C: Ctx>(ctx: &mut C, flow: &Flow<F::Addr>) -> Opti
     Some(ctx.send(ctx.ifindex()))
 }
 
-/// Turns a SYN into `<SEQ=0><ACK=SEG.SEQ+1><CTL=RST,ACK>` (RFC 9293 §3.10.7.1).
+/// Turns a SYN into `<SEQ=0><ACK=SEG.SEQ+1><CTL=RST,ACK>`, and a segment that acknowledges into `<SEQ=SEG.ACK><CTL=RST>`
+/// (RFC 9293 §3.10.7.1). A reset isn't answered.
 #[inline(always)]
 fn reset<F: Family, C: Ctx>(ctx: &mut C, flow: &Flow<F::Addr>) -> Option<()> {
+    if flow.tcp_flags & tcp_flags::RST != 0 {
+        return None;
+    }
     let at = flow.l4_offset;
     let bytes = ctx.bytes();
     let macs: Macs = bytes.read(0)?;
@@ -48,8 +53,11 @@ fn reset<F: Family, C: Ctx>(ctx: &mut C, flow: &Flow<F::Addr>) -> Option<()> {
     let old_middle = [
         old[4], old[5], old[6], old[7], old[8], old[9], old[10], old[11], old[12], old[13], old[14], old[15],
     ];
-    let new_middle =
-        [0, 0, 0, 0, ack[0], ack[1], ack[2], ack[3], old[12], tcp_flags::RST | tcp_flags::ACK, 0, 0];
+    let new_middle = if flow.tcp_flags & tcp_flags::ACK != 0 {
+        [old[8], old[9], old[10], old[11], 0, 0, 0, 0, old[12], tcp_flags::RST, 0, 0]
+    } else {
+        [0, 0, 0, 0, ack[0], ack[1], ack[2], ack[3], old[12], tcp_flags::RST | tcp_flags::ACK, 0, 0]
+    };
     let mut deltas = u32::from(csum::delta(&old_middle, &new_middle));
     deltas += u32::from(csum::delta(&[old[18], old[19]], &[0, 0]));
     for word in 0..MAX_OPTION_WORDS {

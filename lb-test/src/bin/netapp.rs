@@ -1,7 +1,7 @@
 //! Servers and clients for network namespaces: small programs whose answers say what really happened.
 //!
 //! A server answers each line `id` with its own name and the client's address as it sees it, and `get N` with N
-//! bytes of a known sequence; a datagram is answered like `id`.
+//! bytes of a known sequence; a datagram is answered like `id`. At `stray` it sends a segment from beyond the window first.
 
 use std::{
     io::{BufRead, BufReader, ErrorKind, Read, Write},
@@ -60,6 +60,25 @@ enum Command {
         #[arg(long, default_value_t = 2000)]
         timeout_ms: u64,
     },
+    /// Ask over one UDP socket again and again, whatever becomes of it; prints each answer and error as it comes.
+    Talk {
+        target: SocketAddr,
+        #[arg(long)]
+        source_port: u16,
+        #[arg(long)]
+        connected: bool,
+        #[arg(long)]
+        secs: f64,
+    },
+    /// Ask over one TCP connection again and again until it ends; prints each answer and how it ended.
+    TalkTcp {
+        target: SocketAddr,
+        /// Let the server send a segment from beyond the window after the first answer.
+        #[arg(long)]
+        stray_segment: bool,
+        #[arg(long)]
+        secs: f64,
+    },
     /// Fetch bytes over one TCP connection and check each; `--pause-ms` makes it last.
     Download {
         target: SocketAddr,
@@ -97,6 +116,15 @@ fn main() -> Result<()> {
             let timeout = patience(Duration::from_millis(timeout_ms));
             let question = vec![b'?'; bytes];
             (0..count).for_each(|_| println!("{}", udp(target, connected, dual_stack, &question, timeout)));
+            Ok(())
+        }
+        Command::Talk { target, source_port, connected, secs } => {
+            talk(target, source_port, connected, Duration::from_secs_f64(secs))
+        }
+        Command::TalkTcp { target, stray_segment, secs } => {
+            if let Err(error) = talk_tcp(target, stray_segment, Duration::from_secs_f64(secs)) {
+                println!("{}", failure(&error, Instant::now()));
+            }
             Ok(())
         }
         Command::Download { target, bytes, pause_ms } => {
@@ -139,12 +167,110 @@ fn answer(stream: &TcpStream, id: &str) -> Option<()> {
     let mut out = stream.try_clone().ok()?;
     for line in BufReader::new(stream).lines() {
         let line = line.ok()?;
+        if line == "stray" {
+            stray::send(stream).expect("a raw socket, as root");
+        }
         match line.strip_prefix("get ") {
             Some(bytes) => send_sequence(&mut out, bytes.parse().ok()?)?,
             None => writeln!(out, "{id} {peer}").ok()?,
         }
     }
     Some(())
+}
+
+/// A segment of a connection that its socket never sent (kubernetes issue 74839): its sequence number lies far beyond the
+/// window, so that conntrack calls it invalid; a reset that answers it would be believed.
+mod stray {
+    use std::{
+        io,
+        net::{Ipv4Addr, SocketAddr, TcpStream},
+        os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    };
+
+    /// Beyond any window (RFC 7323 §2.3: at most a gigabyte).
+    const BEYOND: u32 = 1 << 30;
+
+    /// `TCP_REPAIR_OFF_NO_WP`, `TCP_RECV_QUEUE`, `TCP_SEND_QUEUE` (`include/uapi/linux/tcp.h`).
+    const REPAIR_OFF: i32 = -1;
+    const RECEIVED: i32 = 1;
+    const SENT: i32 = 2;
+
+    pub fn send(stream: &TcpStream) -> io::Result<()> {
+        let (from, to) = (stream.local_addr()?, stream.peer_addr()?);
+        let (next, expected) = numbers(stream)?;
+        let segment = segment(from, to, next.wrapping_add(BEYOND), expected);
+        // SAFETY: plain system calls; the address lives through the call, and its length is its own.
+        unsafe {
+            let raw = libc::socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_TCP);
+            if raw < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let raw = OwnedFd::from_raw_fd(raw);
+            let mut addr: libc::sockaddr_in = std::mem::zeroed();
+            addr.sin_family = libc::AF_INET as u16;
+            addr.sin_addr.s_addr = u32::from_ne_bytes(v4(to).octets());
+            let len = size_of::<libc::sockaddr_in>() as u32;
+            let addr = (&raw const addr).cast();
+            match libc::sendto(raw.as_raw_fd(), segment.as_ptr().cast(), segment.len(), 0, addr, len) {
+                0.. => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        }
+    }
+
+    fn v4(addr: SocketAddr) -> Ipv4Addr {
+        match addr.ip().to_canonical() {
+            std::net::IpAddr::V4(addr) => addr,
+            std::net::IpAddr::V6(_) => panic!("IPv4 only"),
+        }
+    }
+
+    /// The next number this side sends, and the next one it expects.
+    fn numbers(stream: &TcpStream) -> io::Result<(u32, u32)> {
+        option(stream, libc::TCP_REPAIR, 1)?;
+        option(stream, libc::TCP_REPAIR_QUEUE, SENT)?;
+        let next = queue_seq(stream)?;
+        option(stream, libc::TCP_REPAIR_QUEUE, RECEIVED)?;
+        let expected = queue_seq(stream)?;
+        option(stream, libc::TCP_REPAIR, REPAIR_OFF)?;
+        Ok((next, expected))
+    }
+
+    fn option(stream: &TcpStream, name: i32, value: i32) -> io::Result<()> {
+        // SAFETY: value is as long as the length says.
+        let result = unsafe {
+            libc::setsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, name, (&raw const value).cast(), 4)
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    fn queue_seq(stream: &TcpStream) -> io::Result<u32> {
+        let (mut value, mut len) = (0u32, 4);
+        let out = (&raw mut value).cast();
+        // SAFETY: value is as long as the length says.
+        let result = unsafe {
+            libc::getsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ, out, &raw mut len)
+        };
+        if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// One byte of data (RFC 9293 §3.1).
+    fn segment(from: SocketAddr, to: SocketAddr, sequence: u32, acknowledged: u32) -> Vec<u8> {
+        let mut segment = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
+        segment.extend(sequence.to_be_bytes());
+        segment.extend(acknowledged.to_be_bytes());
+        // Five words of header, PSH and ACK, a window; checksum, no urgent pointer, the byte.
+        segment.extend([0x50, 0x18, 1, 0, 0, 0, 0, 0, b'!']);
+        let mut pseudo = [v4(from).octets(), v4(to).octets()].concat();
+        pseudo.extend([0, 6, 0, segment.len() as u8]);
+        let words = pseudo.chunks(2).chain(segment.chunks(2));
+        let sum: u32 =
+            words.map(|word| u32::from(word[0]) << 8 | u32::from(*word.get(1).unwrap_or(&0))).sum();
+        let folded = (sum & 0xffff) + (sum >> 16);
+        let checksum = !((folded & 0xffff) + (folded >> 16)) as u16;
+        segment[16..18].copy_from_slice(&checksum.to_be_bytes());
+        segment
+    }
 }
 
 fn send_sequence(out: &mut TcpStream, bytes: u64) -> Option<()> {
@@ -187,9 +313,11 @@ impl Sequence {
 
 fn failure(error: &std::io::Error, started: Instant) -> serde_json::Value {
     let kind = match error.kind() {
+        _ if error.raw_os_error() == Some(libc::EDESTADDRREQ) => "unconnected",
         ErrorKind::ConnectionRefused => "refused",
         ErrorKind::TimedOut | ErrorKind::WouldBlock => "timeout",
         ErrorKind::ConnectionReset => "reset",
+        ErrorKind::ConnectionAborted => "aborted",
         ErrorKind::PermissionDenied => "denied",
         _ => "other",
     };
@@ -252,6 +380,68 @@ fn udp(
         Ok((text, peer)) => success(&text, peer, started),
         Err(error) => failure(&error, started),
     }
+}
+
+/// Between two questions of one who talks.
+const TALK_PAUSE: Duration = Duration::from_millis(50);
+
+/// Prints at once, for whoever reads along.
+fn tell(line: &serde_json::Value) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}")?;
+    Ok(out.flush()?)
+}
+
+fn talk(target: SocketAddr, source_port: u16, connected: bool, duration: Duration) -> Result<()> {
+    let any: SocketAddr =
+        if target.is_ipv4() { ([0; 4], source_port).into() } else { ([0u16; 8], source_port).into() };
+    let socket = UdpSocket::bind(any).with_context(|| format!("bind {any}"))?;
+    if connected {
+        socket.connect(target)?;
+    }
+    socket.set_read_timeout(Some(TALK_PAUSE))?;
+    let mut buffer = [0; 2048];
+    let deadline = Instant::now() + duration;
+    while Instant::now() < deadline {
+        let started = Instant::now();
+        let sent = if connected { socket.send(b"id") } else { socket.send_to(b"id", target) };
+        let answer = sent.and_then(|_| socket.recv_from(&mut buffer));
+        tell(&match answer {
+            Ok((len, peer)) => success(
+                &String::from_utf8_lossy(&buffer[..len]),
+                SocketAddr::new(peer.ip().to_canonical(), peer.port()),
+                started,
+            ),
+            Err(error) => failure(&error, started),
+        })?;
+        thread::sleep(TALK_PAUSE.saturating_sub(started.elapsed()));
+    }
+    Ok(())
+}
+
+fn talk_tcp(target: SocketAddr, stray_segment: bool, duration: Duration) -> std::io::Result<()> {
+    let patience = patience(Duration::from_secs(5));
+    let mut stream = TcpStream::connect_timeout(&target, patience)?;
+    stream.set_read_timeout(Some(patience))?;
+    let mut lines = BufReader::new(stream.try_clone()?);
+    let deadline = Instant::now() + duration;
+    let mut strays = u32::from(stray_segment);
+    while Instant::now() < deadline {
+        let started = Instant::now();
+        let mut line = String::new();
+        stream.write_all(b"id\n")?;
+        if lines.read_line(&mut line)? == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        let _ = tell(&success(&line, target, started));
+        if strays > 0 {
+            strays -= 1;
+            stream.write_all(b"stray\n")?;
+            lines.read_line(&mut String::new())?;
+        }
+        thread::sleep(TALK_PAUSE);
+    }
+    Ok(())
 }
 
 fn download(target: SocketAddr, bytes: u64, pause: Duration) -> Result<()> {

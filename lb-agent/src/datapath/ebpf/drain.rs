@@ -10,6 +10,7 @@ use lb_common::{
 };
 
 use super::{
+    gone::backend,
     inspect::now_ticks,
     maps::{Flows, NodeMaps, Pins, Wire, WireAddr, open_flows},
 };
@@ -66,9 +67,9 @@ fn left_of_family<A: WireAddr>(
         flows.iter().filter_map(Result::ok).map(|(Wire(key), Wire(value))| (key, value)).collect();
     for (key, value) in &entries {
         let is_reply = value.role & role::REPLY != 0;
-        let (addr, port) = if is_reply { (key.saddr, key.sport) } else { (value.daddr, value.dport) };
-        let backend = SocketAddr::new(addr.to_ip(), port);
-        let is_alive = is_alive(key.proto, value.tcp, now.wrapping_sub(value.seen));
+        let backend = backend(key, value);
+        let is_alive =
+            value.transmit != transmit::RESET && is_alive(key.proto, value.tcp, now.wrapping_sub(value.seen));
         if !is_alive || (key.proto == PROTO_UDP && !serves(&backend)) {
             let _ = flows.remove(&Wire(*key));
         } else if !is_reply {

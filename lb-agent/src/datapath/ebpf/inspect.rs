@@ -255,6 +255,7 @@ fn flow_row<A: WireAddr>(key: &FlowKey<A>, value: &FlowValue<A>, now: u64) -> Fl
         transmit: match value.transmit {
             transmit::STACK => "stack",
             transmit::FORWARD => "forward",
+            transmit::RESET => "reset",
             _ => "turn-around",
         },
         idle_secs: (now.saturating_sub(value.seen.into()) << lb_common::tcp::TICK_SHIFT) / 1_000_000_000,

@@ -15,7 +15,7 @@ use aya::{
 use lb_common::{
     abi::{
         Addr4, Addr6, BackendValue, DeviceValue, FlowKey, FlowValue, FrontendKey, FrontendValue,
-        LAYOUT_VERSION, NodeConfig, SourceRangeData, VipKey, VipValue,
+        LAYOUT_VERSION, NodeConfig, PeerValue, SourceRangeData, VipKey, VipValue,
     },
     hash,
     outcome::{Hook, METRICS_LEN, OUTCOMES_PER_HOOK, Outcome},
@@ -34,7 +34,7 @@ pub struct Wire<T>(pub T);
 unsafe impl<T: bytemuck::Pod> aya::Pod for Wire<T> {}
 
 /// Every pinned map.
-pub const PINNED: [&str; 21] = [
+pub const PINNED: [&str; 22] = [
     "VIP_FILTER",
     "LB4_FRONTENDS",
     "LB6_FRONTENDS",
@@ -54,6 +54,7 @@ pub const PINNED: [&str; 21] = [
     "DEVICES",
     "METRICS",
     "SOCK_PEERS",
+    "SOCK_CONNECTED",
     "SOCK_FLOWS",
     "TRACE",
 ];
@@ -258,6 +259,14 @@ pub type Flows<A> = HashMap<MapData, Wire<FlowKey<A>>, Wire<FlowValue<A>>>;
 /// Opens the flow tables.
 pub fn open_flows(pins: &Pins) -> Result<(Flows<Addr4>, Flows<Addr6>), DatapathError> {
     Ok((open!(pins, "LB4_FLOWS", LruHashMap), open!(pins, "LB6_FLOWS", LruHashMap)))
+}
+
+/// UDP sockets by their cookie.
+pub type Connected = HashMap<MapData, u64, Wire<PeerValue>>;
+
+/// Opens the table of connected UDP sockets.
+pub fn open_connected(pins: &Pins) -> Result<Connected, DatapathError> {
+    Ok(open!(pins, "SOCK_CONNECTED", LruHashMap))
 }
 
 /// Opens the tables of netfilter's flows.

@@ -6,6 +6,7 @@ pub mod apply;
 pub mod attach;
 pub mod drain;
 pub mod foreign;
+pub mod gone;
 pub mod inspect;
 pub mod load;
 pub mod maps;
