@@ -367,7 +367,7 @@ fn should_be_able_to_switch_session_affinity_for_service_with_type_cluster_ip_an
 fn should_have_session_affinity_timeout_work_for_service_with_type_cluster_ip_and_node_port(
     cluster: &mut Cluster,
 ) {
-    affine(cluster, Some(2));
+    affine(cluster, Some(1));
     for (client, target) in [
         (("pod12", None), "10.96.0.10:80".to_owned()),
         (("pod22", None), "10.96.0.10:80".into()),
@@ -379,7 +379,7 @@ fn should_have_session_affinity_timeout_work_for_service_with_type_cluster_ip_an
         let mut tries = 0;
         until("another endpoint after the timeout", Duration::from_secs(90), || {
             tries += 1;
-            std::thread::sleep(Duration::from_millis(2600));
+            std::thread::sleep(Duration::from_millis(2200));
             answers(cluster, client, "tcp", &target) != first
         });
         println!("{client:?} -> {target}: after {tries} tries");
@@ -427,7 +427,11 @@ fn should_be_rejected_when_no_endpoints_exist_and_for_evicted_pods(cluster: &mut
         for target in
             ["10.96.0.10:80".to_owned(), "198.51.100.10:80".into(), node_port(1, 30080), node_port(2, 30080)]
         {
-            expect(cluster, INSIDE, &target, &["refused"]);
+            // kube-proxy's rules ask about external addresses on the way in and through, not on the way out of a node
+            // (KUBE-EXTERNAL-SERVICES in `iptables/proxier.go`).
+            let asked =
+                INSIDE.into_iter().filter(|(host, _)| *host != "node2" || !target.starts_with("198.51"));
+            expect(cluster, asked, &target, &["refused"]);
             expect(cluster, OUTSIDE, &target, &["refused"]);
         }
     }

@@ -22,6 +22,7 @@ use lb_test::{
 const RST: u8 = 4;
 const ACK: u8 = 16;
 const FIN: u8 = 1;
+const SYN: u8 = 2;
 
 /// One family's addresses.
 struct World {
@@ -301,6 +302,86 @@ fn pods_keep_their_address_and_turn_around_to_themselves() {
             let reply = inbound(if protocol == 6 { tcp(&from, &to_node, ACK) } else { udp(&from, &to_node) });
             let back = reply.clone().between(to.parse().unwrap(), pod).macs(NODE_MAC, CLIENT_MAC);
             expect(&mut node, Run::PodIn, &reply.build(), Verdict::Send, &back.build(), Reply);
+        }
+    }
+}
+
+/// One pod's port, towards a service and its backend.
+struct Port<'a> {
+    node: &'a mut Node,
+    world: &'a World,
+    port: u16,
+}
+
+impl Port<'_> {
+    fn addr(&self) -> String {
+        self.world.pod(self.port)
+    }
+
+    fn service(&self) -> String {
+        self.world.at(&(self.world.cluster_ip)(REMOTE), 80)
+    }
+
+    fn backend(&self) -> String {
+        self.world.at(self.world.far, 8080)
+    }
+
+    #[track_caller]
+    fn dials_service(&mut self, flags: u8) {
+        let frame = inbound(tcp(&self.addr(), &self.service(), flags));
+        let there = frame.clone().between(self.addr().parse().unwrap(), self.backend().parse().unwrap());
+        expect(self.node, Run::PodIn, &frame.build(), Verdict::Pass, &there.build(), FromPod);
+    }
+
+    #[track_caller]
+    fn dials_backend(&mut self, flags: u8) {
+        let frame = inbound(tcp(&self.addr(), &self.backend(), flags)).build();
+        expect(self.node, Run::PodIn, &frame, Verdict::Pass, &frame, PassNotOurs);
+    }
+
+    /// What the backend sends; translated if the pod talks to the service.
+    #[track_caller]
+    fn backend_sends(&mut self, flags: u8, translated: bool) {
+        let frame = inbound(tcp(&self.backend(), &self.addr(), flags));
+        let (back, outcome) = match translated {
+            true => {
+                (frame.clone().between(self.service().parse().unwrap(), self.addr().parse().unwrap()), Reply)
+            }
+            false => (frame.clone(), PassNotOurs),
+        };
+        expect(self.node, Run::PodOut, &frame.build(), Verdict::Pass, &back.build(), outcome);
+    }
+
+    #[track_caller]
+    fn talks_to_service(&mut self) {
+        self.dials_service(SYN);
+        // The backend's answer may be lost on its way and come again.
+        (0..2).for_each(|_| self.backend_sends(SYN | ACK, true));
+        self.dials_service(ACK);
+        self.backend_sends(ACK, true);
+    }
+}
+
+#[test]
+fn a_direct_connection_from_a_port_that_a_service_saw_before_is_left_alone() {
+    let mut node = node();
+    for world in [&V4, &V6] {
+        // The connection to the service was closed, was not, or its client forgot it and dials the service again.
+        for (port, closed) in [(5001, true), (5002, false)] {
+            let mut port = Port { node: &mut node, world, port };
+            port.talks_to_service();
+            if closed {
+                port.dials_service(FIN | ACK);
+                port.backend_sends(FIN | ACK, true);
+                port.dials_service(ACK);
+            }
+            port.talks_to_service();
+            port.dials_backend(SYN);
+            port.backend_sends(SYN | ACK, false);
+            port.dials_backend(ACK);
+            port.backend_sends(ACK, false);
+            // And the service once more.
+            port.talks_to_service();
         }
     }
 }

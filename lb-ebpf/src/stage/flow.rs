@@ -52,21 +52,27 @@ pub fn key<A: Copy>(flow: &Flow<A>, direction: u8) -> FlowKey<A> {
 }
 
 /// The packet's entry, unless it has none that still holds: a SYN re-opens a closed connection, and a new datagram
-/// or SYN for a backend that is gone chooses again.
+/// or SYN for a backend that is gone chooses again. A backend that accepts again after it has answered accepts something
+/// else: its client dialled it directly, from a port that it had dialled a service from.
 #[inline(always)]
 pub fn lookup<F: Family>(
     key: &FlowKey<F::Addr>,
     flow: &Flow<F::Addr>,
 ) -> Option<&'static mut FlowValue<F::Addr>> {
     let entry = F::flow(key)?;
-    if entry.role & role::REPLY == 0 && flow.may_open() && !still_holds::<F>(key, entry) {
+    if entry.role & role::REPLY == 0 {
+        if flow.may_open() && !still_holds::<F>(key, entry) {
+            return None;
+        }
+    } else if flow.is_syn_ack() && entry.tcp & tcp::SEEN_DATA != 0 {
+        F::remove_flow(key);
         return None;
     }
     Some(entry)
 }
 
 #[inline(always)]
-fn still_holds<F: Family>(key: &FlowKey<F::Addr>, entry: &FlowValue<F::Addr>) -> bool {
+fn still_holds<F: Family>(key: &FlowKey<F::Addr>, entry: &mut FlowValue<F::Addr>) -> bool {
     let Some(backend) = F::backend(entry.backend_id) else { return false };
     if backend.generation != entry.backend_generation || backend.flags & backend_flags::ALIVE == 0 {
         return false;
@@ -76,8 +82,12 @@ fn still_holds<F: Family>(key: &FlowKey<F::Addr>, entry: &FlowValue<F::Addr>) ->
     }
     let Some(Scratch { twin_key, .. }) = F::scratch() else { return true };
     write_twin_key(twin_key, key, entry);
-    let twin_state = F::flow(twin_key).map_or(0, |twin| twin.tcp);
-    !tcp::is_closed(entry.tcp, twin_state)
+    let Some(twin) = F::flow(twin_key) else { return false };
+    let is_closed = tcp::is_closed(entry.tcp, twin.tcp);
+    // A client that forgot its connection begins one; the backend may accept it.
+    twin.tcp = 0;
+    entry.tcp = 0;
+    !is_closed
 }
 
 /// Notes what the packet shows of its connection, and once a tick that both directions are alive.

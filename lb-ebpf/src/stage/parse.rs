@@ -63,6 +63,12 @@ impl<A: Copy> Flow<A> {
         self.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN
     }
 
+    /// What a server answers a SYN with.
+    #[inline(always)]
+    pub fn is_syn_ack(&self) -> bool {
+        self.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK) == tcp_flags::SYN | tcp_flags::ACK
+    }
+
     /// Both ports in one word.
     #[inline(always)]
     pub fn ports(&self) -> u32 {
