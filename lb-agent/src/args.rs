@@ -5,6 +5,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, LazyLock},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
@@ -396,6 +397,9 @@ pub struct RunArgs {
     /// Least time between two writes to the kernel, in milliseconds: what changes meanwhile is written together.
     #[arg(long, default_value_t = 5)]
     min_sync_interval_ms: u64,
+    /// A change that waits for the kernel for twice as long makes /healthz and /livez answer 503, in milliseconds.
+    #[arg(long, default_value_t = 30_000)]
+    sync_period_ms: u64,
 }
 
 /// Where objects come from.
@@ -459,6 +463,8 @@ pub struct Config {
     pub metrics: SocketAddr,
     /// Milliseconds between writes.
     pub min_sync_interval_ms: u64,
+    /// A change that waits for twice as long makes the node unhealthy.
+    pub sync_period: Duration,
 }
 
 impl RunArgs {
@@ -502,6 +508,7 @@ impl RunArgs {
             healthz: self.healthz_bind_address,
             metrics: self.metrics_bind_address,
             min_sync_interval_ms: self.min_sync_interval_ms,
+            sync_period: Duration::from_millis(self.sync_period_ms),
         })
     }
 }

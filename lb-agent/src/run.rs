@@ -41,7 +41,7 @@ use crate::{
     netlink::{self, HostNetwork, Netlink},
     retire::Retire,
     serve::{self, Health},
-    source::{Report, Source, kubernetes::Kubernetes, manifests::Manifests},
+    source::{Noticed, Notices, Report, Source, kubernetes::Kubernetes, manifests::Manifests},
     trace::DecisionLog,
 };
 
@@ -74,6 +74,8 @@ pub async fn run(config: Config) -> Result<()> {
     follow(&mut host, &network)?;
 
     let health = Arc::new(Health::default());
+    health.start(config.node_name.clone(), config.mode, config.sync_period);
+    let (notices, noticed) = Notices::channel();
     let (inputs, thread_inputs) = std_mpsc::channel();
     let datapath: Box<dyn Datapath> = match config.mode {
         _ if config.dry_run => Box::new(DryRun::open(&config, &pins, health.clone())?),
@@ -95,8 +97,8 @@ pub async fn run(config: Config) -> Result<()> {
     send(Input::Addresses(network.addresses.clone()))?;
 
     let (reports, mut reported) = mpsc::channel(QUEUE);
-    let mut source = tokio::spawn(start_source(&config, reports));
-    serve::start(config.healthz, config.metrics, health, pins.clone()).await?;
+    let mut source = tokio::spawn(start_source(&config, reports, noticed));
+    let servers = serve::start(&config, health, pins.clone(), notices).await?;
     let mut stop = Stop::new()?;
     let mut addresses = network.addresses;
     let result = loop {
@@ -131,6 +133,7 @@ pub async fn run(config: Config) -> Result<()> {
         }
     };
     source.abort();
+    servers.stop().await;
     let _ = inputs.send(Input::Shutdown);
     worker.join().map_err(|_| anyhow!("the programming thread panicked"))?;
     result
@@ -143,12 +146,16 @@ async fn start_source_kubernetes(kubernetes: Kubernetes, reports: mpsc::Sender<R
 fn start_source(
     config: &Config,
     reports: mpsc::Sender<Report>,
+    notices: mpsc::Receiver<Noticed>,
 ) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>> {
     match config.source.clone() {
         SourceConfig::Manifests(dir) => Box::pin(Manifests::new(dir).run(reports)),
         SourceConfig::Kubernetes { kubeconfig, context } => {
             let (node, events) = (config.node_name.clone(), !config.dry_run);
-            Box::pin(start_source_kubernetes(Kubernetes { kubeconfig, context, node, events }, reports))
+            Box::pin(start_source_kubernetes(
+                Kubernetes { kubeconfig, context, node, events, notices },
+                reports,
+            ))
         }
     }
 }
@@ -311,6 +318,8 @@ pub struct Worker {
     retire: Option<Retire>,
     /// Changes since the last success.
     pending: Changes,
+    /// All has to be programmed again.
+    anew: bool,
     synced: bool,
     addressed: bool,
     warnings: BTreeMap<String, Vec<Warning>>,
@@ -342,6 +351,7 @@ impl Worker {
             retire: (!config.dry_run)
                 .then(|| Retire::new(config.mode, Pins::new(&config.bpf_root), config.replace_kube_proxy)),
             pending: Changes::default(),
+            anew: false,
             synced: false,
             addressed: false,
             warnings: BTreeMap::new(),
@@ -380,6 +390,8 @@ impl Worker {
                 checked = Instant::now();
                 if !self.datapath.is_intact(self.compiler.table()) {
                     self.pending = Changes::all(self.compiler.table());
+                    self.anew = true;
+                    self.health.queued_anew();
                 }
             }
             if !(self.synced && self.addressed) {
@@ -398,7 +410,8 @@ impl Worker {
                 }
                 Err(error) => {
                     warn!(error = %format!("{error:#}"), retry_ms = wait.as_millis() as u64, "not programmed; trying again");
-                    self.health.failed(&format!("{error:#}"));
+                    self.health.failed(&error);
+                    self.anew = true;
                     retry = Some(wait);
                     wait = (wait * 2).min(RETRY.1);
                 }
@@ -409,6 +422,7 @@ impl Worker {
     fn take(&mut self, input: Input) {
         match input {
             Input::Source(Report::Changed(events)) => {
+                self.health.queued(&events);
                 events.into_iter().for_each(|event: Event| self.compiler.apply(event));
             }
             Input::Source(Report::Synced) => self.synced = true,
@@ -422,6 +436,7 @@ impl Worker {
             }
             Input::Addresses(addresses) => {
                 self.addressed = true;
+                self.health.queued_anew();
                 self.compiler.set_addresses(addresses);
             }
             Input::Shutdown => {}
@@ -435,11 +450,13 @@ impl Worker {
         self.pending.merge(changes);
         self.tell();
         if self.pending.is_empty() && !first {
+            self.health.unchanged();
             return Ok(());
         }
         let table = self.compiler.table();
+        let full = first || self.anew;
         let report = self.datapath.apply(table, &self.pending).map_err(anyhow::Error::from)?;
-        self.pending = Changes::default();
+        (self.pending, self.anew) = (Changes::default(), false);
         let elapsed = started.elapsed();
         let refused: Vec<String> = report.refused.iter().map(ToString::to_string).collect();
         for text in refused.iter().filter(|text| !self.refused.contains(text)) {
@@ -456,7 +473,7 @@ impl Worker {
             "{}",
             self.datapath.done()
         );
-        self.health.applied(table, elapsed, report.refused.len());
+        self.health.applied(table, &report, elapsed, full);
         Ok(())
     }
 
@@ -468,7 +485,7 @@ impl Worker {
     fn retire_others(&mut self) {
         let Some(retire) = &mut self.retire else { return };
         match retire.step(self.compiler.table()) {
-            Ok(left) => self.health.draining(left),
+            Ok(left) => self.health.draining(&left),
             Err(error) => {
                 warn!(error = %format!("{error:#}"), "what another mode left can't be removed; trying again");
             }

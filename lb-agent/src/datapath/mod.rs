@@ -8,7 +8,10 @@ mod program;
 
 use std::{fmt, time::Duration};
 
-use lb_core::table::{Changes, ServiceTable};
+use lb_core::{
+    model::Family,
+    table::{Changes, ServiceTable},
+};
 
 /// Brings this node's kernel state to a table. Blocking; called from one dedicated thread, never concurrently.
 pub trait Datapath: Send {
@@ -48,6 +51,8 @@ pub struct ApplyReport {
     pub deletes: usize,
     /// Service ports that could not be programmed (a full map, say) with the reason; all others work.
     pub refused: Vec<Refused>,
+    /// Families whose unused rules could not be removed since the last call.
+    pub cleanup_failures: Vec<Family>,
 }
 
 /// A service port that could not be programmed.
@@ -71,6 +76,16 @@ pub enum DatapathError {
         map: String,
         /// The kernel's answer.
         source: std::io::Error,
+    },
+    /// One family's rules were not loaded.
+    #[error("load {family} rules")]
+    Rules {
+        /// Which.
+        family: Family,
+        /// Only what changed was to be loaded, not all.
+        partial: bool,
+        /// The cause.
+        source: Box<DatapathError>,
     },
     /// Anything else, with its object in the text.
     #[error("{operation} {object}")]

@@ -20,10 +20,10 @@ use kube::{
 };
 use lb_core::model::{Event, ObjectName, Warning};
 use serde::de::DeserializeOwned;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::AbortHandle};
 use tracing::{debug, warn};
 
-use super::{Report, Reports, Source};
+use super::{About, Notice, Noticed, Report, Reports, Source};
 use crate::convert;
 
 /// The API server to watch.
@@ -36,6 +36,8 @@ pub struct Kubernetes {
     pub node: Arc<str>,
     /// What is wrong with an object is put on it as an Event, too.
     pub events: bool,
+    /// What else is to be put on objects.
+    pub notices: mpsc::Receiver<Noticed>,
 }
 
 impl Kubernetes {
@@ -128,6 +130,8 @@ impl Source for Kubernetes {
         let client = self.client().await?;
         let reporter = Reporter { controller: "lb-agent".into(), instance: Some(self.node.to_string()) };
         let recorder = self.events.then(|| Recorder::new(client.clone(), reporter));
+        let publisher = tokio::spawn(publish(recorder.clone(), self.node.clone(), self.notices));
+        let _publisher = AbortOnDrop(publisher.abort_handle());
         let (synced, mut all_synced) = mpsc::channel(4);
         let mut watches = tokio::task::JoinSet::new();
         let to = Told { client, recorder, reports: reports.clone(), synced };
@@ -300,6 +304,59 @@ async fn take<K: Watched>(
     }
     reports.send(Report::Warnings(origin::<K>(&name), warnings)).await?;
     Ok(())
+}
+
+/// Ends a task with the one that began it.
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Publishes notices as they come.
+async fn publish(recorder: Option<Recorder>, node: Arc<str>, mut notices: mpsc::Receiver<Noticed>) {
+    while let Some(noticed) = notices.recv().await {
+        match (noticed, &recorder) {
+            (Noticed::Flush(flushed), _) => drop(flushed.send(())),
+            (Noticed::Notice(notice), Some(recorder)) => {
+                if let Err(error) = recorder.publish(&event(&notice), &reference(&notice.about, &node)).await
+                {
+                    debug!(%error, "Event not published");
+                }
+            }
+            (Noticed::Notice(_), None) => {}
+        }
+    }
+}
+
+fn event(notice: &Notice) -> KubeEvent {
+    KubeEvent {
+        type_: if notice.warning { EventType::Warning } else { EventType::Normal },
+        reason: notice.reason.into(),
+        note: (!notice.note.is_empty()).then(|| notice.note.clone()),
+        action: notice.action.into(),
+        secondary: None,
+    }
+}
+
+/// With kube-proxy's uids, which are names: by them `kubectl describe node` finds Events.
+fn reference(about: &About, node: &str) -> core::ObjectReference {
+    let (kind, namespace, name, uid) = match about {
+        About::ThisNode => ("Node", None, node.to_owned(), node.to_owned()),
+        About::Service(name) => {
+            ("Service", Some(name.namespace.to_string()), name.name.to_string(), name.to_string())
+        }
+    };
+    core::ObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some(kind.into()),
+        namespace,
+        name: Some(name),
+        uid: Some(uid),
+        ..Default::default()
+    }
 }
 
 /// Puts the warnings on the object as an Event; the recorder folds repeats.

@@ -98,7 +98,12 @@ impl Datapath for IptablesDatapath {
     fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<ApplyReport, DatapathError> {
         let mut report = ApplyReport::default();
         for family in &mut self.families {
-            let transaction = family.apply(table, changes)?;
+            let (of, partial) = (family.family, family.rules.is_some());
+            let transaction = family.apply(table, changes).map_err(|source| DatapathError::Rules {
+                family: of,
+                partial,
+                source: Box::new(source),
+            })?;
             report.upserts += transaction.upserts();
             report.deletes += transaction.deletes();
         }
