@@ -1,6 +1,6 @@
 //! What each command does.
 
-use std::{io::IsTerminal, process::ExitCode, time::Duration};
+use std::{io::IsTerminal, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use lb_core::{
@@ -35,7 +35,7 @@ pub fn main(args: Args) -> Result<ExitCode> {
                 .enable_all()
                 .build()
                 .context("start the async runtime")?;
-            runtime.block_on(run::run(config))
+            runtime.block_on(run::run(config, Arc::default()))
         }
         Command::Probe(options) => {
             let facts = Facts::read(&args.bpf_root, &args::cgroup_root(options.cgroup_root));

@@ -60,7 +60,9 @@ pub enum Input {
 const QUEUE: usize = 256;
 
 /// Serves the node until SIGTERM or SIGINT. The datapath goes on serving after that.
-pub async fn run(config: Config) -> Result<()> {
+///
+/// `health` may have served an agent of this process before.
+pub async fn run(config: Config, health: Arc<Health>) -> Result<()> {
     let pins = Pins::new(&config.bpf_root);
     let mut netlink = Netlink::connect(config.devices.clone())?;
     let network = netlink.read().await?;
@@ -73,7 +75,6 @@ pub async fn run(config: Config) -> Result<()> {
     };
     follow(&mut host, &network)?;
 
-    let health = Arc::new(Health::default());
     health.start(config.node_name.clone(), config.mode, config.sync_period);
     let (notices, noticed) = Notices::channel();
     let (inputs, thread_inputs) = std_mpsc::channel();
@@ -98,12 +99,18 @@ pub async fn run(config: Config) -> Result<()> {
 
     let (reports, mut reported) = mpsc::channel(QUEUE);
     let mut source = tokio::spawn(start_source(&config, reports, noticed));
-    let servers = serve::start(&config, health, pins.clone(), notices).await?;
+    let servers = serve::start(&config, health.clone(), pins.clone(), notices).await?;
     let mut stop = Stop::new()?;
     let mut addresses = network.addresses;
     let result = loop {
         tokio::select! {
-            Some(report) = reported.recv() => send(Input::Source(report))?,
+            Some(report) = reported.recv() => {
+                // Told here too: the programming thread may be busy for long.
+                if matches!(report, Report::Changed(_)) {
+                    health.queued_anew();
+                }
+                send(Input::Source(report))?;
+            }
             () = netlink.changed() => match netlink.read().await {
                 Ok(network) => {
                     follow(&mut host, &network)?;

@@ -6,11 +6,12 @@ use std::{
     fs,
     net::TcpListener,
     os::unix::fs::symlink,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use lb_test::{
-    cluster::{Cluster, Cni, node_ip, node_ip6, pod_ip},
+    cluster::{Cluster, Cni, node_ip, node_ip6, pod_ip, program},
     netns, patience,
 };
 use serde_json::Value;
@@ -284,6 +285,28 @@ fn health_check_node_port_that_somebody_else_has_is_named_and_tried_again() {
     web.check_fields(&said, 1, true);
 }
 
+#[test]
+fn a_dry_run_leaves_health_check_node_ports_to_who_serves_the_node() {
+    let mut cluster = cluster(&[]);
+    let web = Balanced::new(1, 1, READY);
+    web.apply(&cluster);
+    let mut dry = cluster.lab.command_in("node1", "dry", &program("lb-agent")).unwrap();
+    dry.args(["run", "--dry-run", "--node-name", "node1"]).args(NFTABLES).arg("--manifests");
+    dry.arg(cluster.manifests()).arg("--bpf-root").arg(cluster.lab.bpf_root("node1"));
+    let child = dry.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    cluster.lab.adopt(child);
+    let text = until("it compares", Duration::from_secs(30), || {
+        let said = ask(&cluster, "node1", "http://127.0.0.1:10349/metrics").ok_or("refused")?;
+        if said.body.contains("\nlb_dry_run_differences{") { Ok(said.body) } else { Err(said.body) }
+    });
+    assert!(value(&text, "lb_services") > 0.0);
+    until("it is healthy", SOON, || match ask(&cluster, "node1", "http://127.0.0.1:10356/healthz") {
+        Some(said) if said.status == 200 => Ok(()),
+        said => Err(format!("{said:?}")),
+    });
+    assert!(web.ask(&cluster, 1).is_none(), "whoever serves the node has the port");
+}
+
 /// `/healthz` or `/livez` of node 1.
 fn health(cluster: &Cluster, page: &str) -> Said {
     ask(cluster, "client", &format!("http://{}:10256/{page}", node_ip(1))).expect("the agent listens")
@@ -352,7 +375,7 @@ fn a_change_that_waits_too_long_makes_the_node_unhealthy() {
     let path = cluster.lab.dir().join("path");
     fs::create_dir_all(&path).unwrap();
     let which = |name: &str| {
-        let found = netns::output(std::process::Command::new("which").arg(name)).unwrap();
+        let found = netns::output(Command::new("which").arg(name)).unwrap();
         found.trim().to_owned()
     };
     for name in ["nft", "nsenter", "sh"] {
@@ -514,6 +537,11 @@ fn the_metrics_port_is_kube_proxys() {
             "two ports of one Service"
         );
         check_pages(&cluster, mode);
+        if mode == "nftables" {
+            // It answers /proxyMode as a kube-proxy would, and is not taken for one.
+            let removals = cluster.agent(1, &["cleanup", "--dry-run"]).unwrap();
+            assert!(removals.contains("delete table ip kube-proxy"), "{removals}");
+        }
         cluster.stop_agent(1, libc::SIGTERM).unwrap();
     }
 }
@@ -546,7 +574,7 @@ fn changes_are_counted_and_timed() {
     assert_eq!(value(&before, programming), 0.0, "what has no annotation is not timed");
     // The endpoint moves, as the controller noted a moment ago.
     web.node = 2;
-    let mut date = std::process::Command::new("date");
+    let mut date = Command::new("date");
     let stamp = netns::output(date.args(["-u", "+%Y-%m-%dT%H:%M:%S.%NZ"])).unwrap();
     let annotation = format!(
         "annotations: {{endpoints.kubernetes.io/last-change-trigger-time: '{}'}}, labels: {{kubernetes.io",

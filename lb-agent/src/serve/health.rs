@@ -95,6 +95,7 @@ impl Health {
     pub fn start(&self, node: Arc<str>, mode: Mode, sync_period: Duration) {
         let mut state = self.lock();
         (state.node, state.mode, state.limit) = (node, mode, 2 * sync_period);
+        self.metrics.start();
     }
 
     /// The cluster changed: the kernel has to follow.

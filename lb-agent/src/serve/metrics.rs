@@ -291,6 +291,11 @@ impl Ours {
 }
 
 impl Metrics {
+    /// An agent starts: what another of this process compared is past.
+    pub(super) fn start(&self) {
+        self.ours.differences.reset();
+    }
+
     /// So many Services have changes that wait.
     pub(super) fn pending(&self, services: usize, endpoints: usize) {
         self.services_pending.set(services as i64);
@@ -460,6 +465,20 @@ mod tests {
         }
         assert!(iptables.contains("\nlb_sync_errors_total 4\n"));
         assert!(text(&metrics, Mode::Ipvs).contains(&line("iptables_restore", "IPv6", 1)));
+    }
+
+    #[test]
+    fn what_could_not_be_swept_is_counted() {
+        let metrics = Metrics::default();
+        let report = ApplyReport { cleanup_failures: vec![Family::V4], ..ApplyReport::default() };
+        metrics.applied(&ServiceTable::default(), &report, Duration::ZERO, true);
+        let page = text(&metrics, Mode::Nftables);
+        let name = "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total";
+        for line in
+            [format!("\n{name}{{ip_family=\"IPv4\"}} 1\n"), format!("\n{name}{{ip_family=\"IPv6\"}} 0\n")]
+        {
+            assert!(page.contains(&line), "{line}{page}");
+        }
     }
 
     #[test]

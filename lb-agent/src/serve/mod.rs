@@ -141,3 +141,67 @@ fn answer(status: StatusCode, content_type: &'static str, body: String) -> Respo
 
 const JSON: &str = "application/json";
 const TEXT: &str = "text/plain; charset=utf-8";
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+
+    use super::*;
+    use crate::source::Noticed;
+
+    fn router() -> Router {
+        Router::new().route("/", any(async || answer(StatusCode::OK, TEXT, "here".into())))
+    }
+
+    /// A port of the loopback device that is free.
+    async fn free() -> SocketAddr {
+        TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_port_that_is_taken_is_told() {
+        let holder = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = holder.local_addr().unwrap();
+        let (notices, mut noticed) = Notices::channel();
+        let publisher = tokio::spawn(async move {
+            let mut said = Vec::new();
+            while let Some(noticed) = noticed.recv().await {
+                match noticed {
+                    Noticed::Notice(notice) => said.push(notice),
+                    Noticed::Flush(flushed) => flushed.send(()).unwrap(),
+                }
+            }
+            said
+        });
+        let reason = "FailedToStartProxierHealthcheck";
+        let error = open(addr, "--healthz-bind-address", router(), reason, &notices).await.err().unwrap();
+        let text = format!("{error:#}");
+        assert!(text.contains(&addr.to_string()) && text.contains("--healthz-bind-address"), "{text}");
+        drop(notices);
+        let about = About::ThisNode;
+        let told = Notice { about, warning: true, reason, action: "StartKubeProxy", note: text };
+        assert_eq!(publisher.await.unwrap(), [told]);
+    }
+
+    #[tokio::test]
+    async fn a_stopped_server_leaves_its_port_and_its_clients() {
+        let addr = free().await;
+        let server = Server::open(addr, router()).await.unwrap();
+        // A client that keeps its connection.
+        let client = tokio::task::spawn_blocking(move || {
+            let mut stream = std::net::TcpStream::connect(addr).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+            stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+            let mut answer = [0; 1024];
+            let length = stream.read(&mut answer).unwrap();
+            assert!(answer[..length].starts_with(b"HTTP/1.1 200 OK\r\n"));
+            stream
+        });
+        let mut stream = client.await.unwrap();
+        server.stop().await;
+        let again = Server::open(addr, router()).await.expect("the port is free");
+        let rest = tokio::task::spawn_blocking(move || stream.read(&mut [0; 16]).unwrap()).await.unwrap();
+        assert_eq!(rest, 0, "the connection is closed");
+        again.stop().await;
+    }
+}
