@@ -465,7 +465,9 @@ const OF_ALL: [(&str, &str, &[&str]); 16] = [
     ("kubeproxy_conntrack_reconciler_deleted_entries_total", "counter", &["ip_family"]),
     ("process_start_time_seconds", "gauge", &[]),
 ];
-const OF_IPTABLES: [(&str, &str, &[&str]); 2] = [
+const OF_IPTABLES: [(&str, &str, &[&str]); 4] = [
+    ("kubeproxy_sync_proxy_rules_iptables_total", "gauge", &["ip_family", "table"]),
+    ("kubeproxy_sync_proxy_rules_iptables_last", "gauge", &["ip_family", "table"]),
     ("kubeproxy_sync_proxy_rules_iptables_restore_failures_total", "counter", &["ip_family"]),
     ("kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total", "counter", &["ip_family"]),
 ];
@@ -536,6 +538,9 @@ fn the_metrics_port_is_kube_proxys() {
             2.0,
             "two ports of one Service"
         );
+        if mode == "iptables" {
+            check_rule_counts(&cluster, &text);
+        }
         check_pages(&cluster, mode);
         if mode == "nftables" {
             // It answers /proxyMode as a kube-proxy would, and is not taken for one.
@@ -543,6 +548,21 @@ fn the_metrics_port_is_kube_proxys() {
             assert!(removals.contains("delete table ip kube-proxy"), "{removals}");
         }
         cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    }
+}
+
+/// The counts are those of the kernel's rules in kube-proxy's chains.
+fn check_rule_counts(cluster: &Cluster, text: &str) {
+    for (family, program) in [("IPv4", "iptables-save"), ("IPv6", "ip6tables-save")] {
+        for table in ["filter", "nat"] {
+            let saved = netns::output(cluster.lab.command("node1", program).args(["-t", table])).unwrap();
+            let rules = saved.lines().filter(|line| line.starts_with("-A KUBE-")).count() as f64;
+            let labels = format!("{{ip_family=\"{family}\",table=\"{table}\"}}");
+            let count =
+                |name: &str| value(text, &format!("kubeproxy_sync_proxy_rules_iptables_{name}{labels}"));
+            assert_eq!(count("total"), rules, "{labels}:\n{saved}");
+            assert!(count("last") >= rules, "all were written: {labels}");
+        }
     }
 }
 

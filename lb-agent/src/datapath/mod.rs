@@ -10,6 +10,7 @@ use std::{fmt, time::Duration};
 
 use lb_core::{
     model::Family,
+    rules::iptables::Table,
     table::{Changes, ServiceTable},
 };
 
@@ -53,6 +54,21 @@ pub struct ApplyReport {
     pub refused: Vec<Refused>,
     /// Families whose unused rules could not be removed since the last call.
     pub cleanup_failures: Vec<Family>,
+    /// iptables' rules by table.
+    pub rules: Vec<RuleCount>,
+}
+
+/// How many rules of ours a table of iptables has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RuleCount {
+    /// IP family.
+    pub family: Family,
+    /// Table.
+    pub table: Table,
+    /// All of them.
+    pub total: usize,
+    /// Those that were written.
+    pub written: usize,
 }
 
 /// A service port that could not be programmed.

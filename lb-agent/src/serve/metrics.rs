@@ -21,7 +21,7 @@ use prometheus::{
 use crate::{
     args::Mode,
     datapath::{
-        ApplyReport, DatapathError,
+        ApplyReport, DatapathError, RuleCount,
         ebpf::maps::{self, Pins},
     },
     retire::Left,
@@ -50,6 +50,8 @@ pub(super) struct Metrics {
     conntrack_deleted: ByFamily<IntCounter>,
     restore_failures: ByFamily<IntCounter>,
     partial_restore_failures: ByFamily<IntCounter>,
+    iptables_rules: IntGaugeVec,
+    iptables_written: IntGaugeVec,
     nftables_failures: ByFamily<IntCounter>,
     nftables_cleanup_failures: ByFamily<IntCounter>,
     ours: Ours,
@@ -104,6 +106,7 @@ impl<T> ByFamily<T> {
 struct Place(Registry);
 
 const BY_FAMILY: [&str; 1] = ["ip_family"];
+const BY_TABLE: [&str; 2] = ["ip_family", "table"];
 
 impl Place {
     fn put<C: Collector + Clone + 'static>(&self, metric: prometheus::Result<C>) -> C {
@@ -232,6 +235,20 @@ impl Default for Metrics {
                 "kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total",
                 "Cumulative proxy iptables partial restore failures",
             ),
+            iptables_rules: iptables.put(IntGaugeVec::new(
+                Opts::new(
+                    "kubeproxy_sync_proxy_rules_iptables_total",
+                    alpha("Total number of iptables rules owned by kube-proxy"),
+                ),
+                &BY_TABLE,
+            )),
+            iptables_written: iptables.put(IntGaugeVec::new(
+                Opts::new(
+                    "kubeproxy_sync_proxy_rules_iptables_last",
+                    alpha("Number of iptables rules written by kube-proxy in last sync"),
+                ),
+                &BY_TABLE,
+            )),
             nftables_failures: nftables.counters(
                 "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
                 "Cumulative proxy nftables sync failures",
@@ -316,6 +333,11 @@ impl Metrics {
         }
         for family in &report.cleanup_failures {
             self.nftables_cleanup_failures.of(*family).inc();
+        }
+        for RuleCount { family, table, total, written } in &report.rules {
+            let labels = [&family.to_string(), table.name()];
+            self.iptables_rules.with_label_values(&labels).set(*total as i64);
+            self.iptables_written.with_label_values(&labels).set(*written as i64);
         }
         self.unchanged();
         self.count_without_local(table);
