@@ -191,6 +191,24 @@ fn health_check_node_port_follows_the_endpoints_of_its_node() {
 }
 
 #[test]
+fn health_check_node_port_answers_where_node_ports_do() {
+    let mut cluster = cluster(&["--node-port-addresses", "192.0.2.0/24"]);
+    let web = Balanced::new(1, 1, READY);
+    web.apply(&cluster);
+    cluster.start_agents(&[1]).unwrap();
+    web.check(&cluster, 1, 1);
+    for (from, host) in [("client", format!("[{}]", node_ip6(1))), ("node1", "127.0.0.1".into())] {
+        assert!(ask(&cluster, from, &format!("http://{host}:{}/", web.port)).is_none(), "{host}");
+    }
+    // An address that the node gets later answers, too.
+    cluster.lab.ip("node1", "addr add 192.0.2.111/24 dev eth0").unwrap();
+    let url = format!("http://192.0.2.111:{}/", web.port);
+    let said =
+        until("the new address answers", SOON, || ask(&cluster, "client", &url).ok_or("refused".into()));
+    web.check_fields(&said, 1, true);
+}
+
+#[test]
 fn health_check_node_port_should_fail_with_only_terminating_endpoints() {
     for options in [&[][..], IPTABLES] {
         let mut cluster = cluster(options);
