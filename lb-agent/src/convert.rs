@@ -5,12 +5,14 @@
 use std::{
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
+    time::SystemTime,
 };
 
 use ipnet::IpNet;
 use k8s_openapi::{
     api::{core::v1 as core, discovery::v1 as discovery, networking::v1 as networking},
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+    jiff::Timestamp,
 };
 use lb_core::model::{
     ContainerPort, Endpoint, EndpointSlice, Family, Node, ObjectName, Pod, Protocol, Service, ServiceCidr,
@@ -22,6 +24,10 @@ const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// An EndpointSlice with this label belongs to a headless Service.
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// When what an EndpointSlice follows changed (RFC 3339).
+const TRIGGER_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+/// The cluster autoscaler is about to remove the Node (kube-proxy: `healthcheck/proxy_health.go`).
+const GOING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// Kubernetes' default for ClientIP affinity (`DefaultClientIPServiceAffinitySeconds`).
 const DEFAULT_AFFINITY_SECS: u32 = 10_800;
@@ -230,7 +236,14 @@ pub fn endpoint_slice(
         });
     }
     let service = ObjectName::new(name.namespace.clone(), service.as_str());
-    Some(EndpointSlice { service, family, ports: ports.collect(), endpoints, name })
+    let triggered = triggered(&object.metadata);
+    Some(EndpointSlice { service, family, ports: ports.collect(), endpoints, triggered, name })
+}
+
+/// When the slice's Pod or Service changed, as the controller noted it.
+fn triggered(meta: &ObjectMeta) -> Option<SystemTime> {
+    let text = meta.annotations.as_ref()?.get(TRIGGER_ANNOTATION)?;
+    Some(SystemTime::from(text.parse::<Timestamp>().ok()?))
 }
 
 /// What API servers refuse as an endpoint (`ValidateEndpointIP`): whoever could have one would reach listeners that
@@ -252,10 +265,13 @@ pub fn node(object: &core::Node, warnings: &mut Vec<Warning>) -> Node {
     let texts: Vec<String> =
         of_type("InternalIP").chain(of_type("ExternalIP")).map(|address| address.address.clone()).collect();
     let pod_cidrs = object.spec.iter().flat_map(|spec| spec.pod_cidrs.iter().flatten());
+    let mut taints = object.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
     Node {
         addresses: addresses(&texts, "status.addresses", &mut noted),
         zone: label(&object.metadata, ZONE_LABEL).map(|zone| Arc::from(zone.as_str())),
         pod_cidrs: pod_cidrs.filter_map(|cidr| network(cidr)).collect(),
+        eligible: object.metadata.deletion_timestamp.is_none()
+            && taints.all(|taint| taint.key != GOING_TAINT),
         name: Arc::from(name),
     }
 }
@@ -453,6 +469,38 @@ mod tests {
             warnings[0].to_string(),
             "EndpointSlice default/s: endpoints[0].addresses[0]: 127.0.0.1 is no address of an endpoint; it is left out"
         );
+    }
+
+    #[test]
+    fn a_node_that_goes_is_not_eligible() {
+        for (text, eligible) in [
+            ("metadata: {name: n}", true),
+            (
+                "metadata: {name: n}, spec: {taints: [{key: other, effect: NoSchedule}]}, status: {conditions: [{type: Ready, status: 'False'}]}",
+                true,
+            ),
+            (
+                "metadata: {name: n}, spec: {taints: [{key: other, effect: NoSchedule}, {key: ToBeDeletedByClusterAutoscaler, effect: NoSchedule}]}",
+                false,
+            ),
+            ("metadata: {name: n, deletionTimestamp: '2026-01-02T03:04:05Z'}", false),
+        ] {
+            let object = serde_yaml_ng::from_str(&format!("{{{text}}}")).unwrap();
+            assert_eq!(node(&object, &mut Vec::new()).eligible, eligible, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_slice_says_when_it_was_triggered() {
+        let slice = |time: &str| {
+            let text = format!(
+                "{{metadata: {{name: s, labels: {{kubernetes.io/service-name: web}}, annotations: {{endpoints.kubernetes.io/last-change-trigger-time: '{time}'}}}}, addressType: IPv4, endpoints: []}}"
+            );
+            endpoint_slice(&serde_yaml_ng::from_str(&text).unwrap(), &mut Vec::new()).unwrap().triggered
+        };
+        let known = std::time::UNIX_EPOCH + std::time::Duration::from_millis(1_700_000_000_250);
+        assert_eq!(slice("2023-11-14T22:13:20.25Z"), Some(known));
+        assert_eq!(slice("yesterday"), None);
     }
 
     #[test]

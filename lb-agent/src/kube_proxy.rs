@@ -8,6 +8,9 @@ use std::{
     time::Duration,
 };
 
+/// `Server` in the head of an agent's answers: it serves the same pages.
+pub const NOT_KUBE_PROXY: &str = concat!("lb-agent/", env!("CARGO_PKG_VERSION"));
+
 /// It answers from this machine's memory, or not at all.
 const LIMIT: Duration = Duration::from_secs(2);
 /// Bytes of an answer that matter.
@@ -41,7 +44,8 @@ fn mode(metrics: SocketAddr) -> std::io::Result<Option<String>> {
     let mut answer = String::new();
     stream.take(ANSWER).read_to_string(&mut answer)?;
     let Some((head, body)) = answer.split_once("\r\n\r\n") else { return Ok(None) };
-    let found = head.split(' ').nth(1) == Some("200");
+    let is_agent = head.to_ascii_lowercase().contains("\r\nserver: lb-agent");
+    let found = head.split(' ').nth(1) == Some("200") && !is_agent;
     Ok(found.then(|| body.trim().to_owned()))
 }
 
@@ -76,6 +80,7 @@ mod tests {
             assert_eq!(asked(Box::leak(format!("{head}{mode}").into_boxed_str())), Some(serves));
         }
         assert_eq!(asked("HTTP/1.0 200 OK\r\n\r\nkernelspace"), None);
+        assert_eq!(asked("HTTP/1.0 200 OK\r\nserver: lb-agent/0.1.0\r\n\r\nnftables"), None, "an agent's");
         assert_eq!(asked("HTTP/1.1 404 Not Found\r\n\r\nnftables"), None);
         assert_eq!(asked("SSH-2.0-OpenSSH_9.2\r\n"), None);
     }

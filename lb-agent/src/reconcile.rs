@@ -63,7 +63,7 @@ impl Reconciler {
                     self.retry = Some((Instant::now() + wait, wait));
                 }
             }
-            health.reconciled(family, started.elapsed(), done.unwrap_or(0));
+            health.conntrack_reconciled(family, started.elapsed(), done.unwrap_or(0));
         }
     }
 }

@@ -47,7 +47,7 @@ use crate::{
     reset::Resetter,
     retire::Retire,
     serve::{self, Health},
-    source::{Report, Source, kubernetes::Kubernetes, manifests::Manifests},
+    source::{Noticed, Notices, Report, Source, kubernetes::Kubernetes, manifests::Manifests},
     trace::DecisionLog,
 };
 
@@ -71,6 +71,7 @@ pub async fn run(options: RunArgs, mut file: File, bpf_root: PathBuf) -> Result<
     let health = Arc::new(Health::default());
     let mut config = options.resolve(&file, &bpf_root)?;
     loop {
+        health.set_configz(serde_json::to_value(options.configuration(&file))?);
         match serve(&config, &options, &file, health.clone()).await? {
             Ended::Stopped => return Ok(()),
             Ended::Reconfigured(changed) => (config, file) = *changed,
@@ -99,6 +100,8 @@ async fn serve(config: &Config, options: &RunArgs, file: &File, health: Arc<Heal
     };
     follow(&mut host, &network)?;
 
+    health.start(config.node_name.clone(), config.mode, config.sync_period);
+    let (notices, noticed) = Notices::channel();
     let (inputs, thread_inputs) = std_mpsc::channel();
     let datapath = open_datapath(config, &config.rules, &health)?;
     warn_of_forwarding();
@@ -117,15 +120,20 @@ async fn serve(config: &Config, options: &RunArgs, file: &File, health: Arc<Heal
     send(Input::Addresses(network.addresses.clone()))?;
 
     let (reports, mut reported) = mpsc::channel(QUEUE);
-    let mut source = tokio::spawn(start_source(config, reports));
-    let (healthz, metrics) = (config.settings.healthz, config.settings.metrics);
-    let _servers = serve::start(healthz, metrics, health, pins.clone()).await?;
+    let mut source = tokio::spawn(start_source(config, reports, noticed));
+    let servers = serve::start(config, health.clone(), pins.clone(), notices).await?;
     let mut configuration = Watched::new(options, file, &config.bpf_root);
     let mut stop = Stop::new()?;
     let mut addresses = network.addresses;
     let result = loop {
         tokio::select! {
-            Some(report) = reported.recv() => send(Input::Source(report))?,
+            Some(report) = reported.recv() => {
+                // Told here too: the programming thread may be busy for long.
+                if matches!(report, Report::Changed(_)) {
+                    health.queued_anew();
+                }
+                send(Input::Source(report))?;
+            }
             () = netlink.changed() => match netlink.read().await {
                 Ok(network) => {
                     follow(&mut host, &network)?;
@@ -156,6 +164,7 @@ async fn serve(config: &Config, options: &RunArgs, file: &File, health: Arc<Heal
         }
     };
     source.abort();
+    servers.stop().await;
     let _ = inputs.send(Input::Shutdown);
     worker.join().map_err(|_| anyhow!("the programming thread panicked"))?;
     result
@@ -184,12 +193,16 @@ async fn start_source_kubernetes(kubernetes: Kubernetes, reports: mpsc::Sender<R
 fn start_source(
     config: &Config,
     reports: mpsc::Sender<Report>,
+    notices: mpsc::Receiver<Noticed>,
 ) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>> {
     match config.source.clone() {
         SourceConfig::Manifests(dir) => Box::pin(Manifests::new(dir).run(reports)),
         SourceConfig::Kubernetes { kubeconfig, context } => {
             let (node, events) = (config.node_name.clone(), !config.dry_run);
-            Box::pin(start_source_kubernetes(Kubernetes { kubeconfig, context, node, events }, reports))
+            Box::pin(start_source_kubernetes(
+                Kubernetes { kubeconfig, context, node, events, notices },
+                reports,
+            ))
         }
     }
 }
@@ -360,6 +373,8 @@ pub struct Worker {
     resetter: Option<Resetter>,
     /// Changes since the last success.
     pending: Changes,
+    /// All has to be programmed again.
+    anew: bool,
     synced: bool,
     addressed: bool,
     warnings: BTreeMap<String, Vec<Warning>>,
@@ -408,6 +423,7 @@ impl Worker {
             resetter: (config.on_backend_gone == OnBackendGone::Reset && !config.dry_run)
                 .then(|| Resetter::new(Pins::new(&config.bpf_root), config.cgroup_root.clone().ok())),
             pending: Changes::default(),
+            anew: false,
             synced: false,
             addressed: false,
             warnings: BTreeMap::new(),
@@ -449,6 +465,8 @@ impl Worker {
                 checked = Instant::now();
                 if !self.datapath.is_intact(self.compiler.table()) {
                     self.pending = Changes::all(self.compiler.table());
+                    self.anew = true;
+                    self.health.queued_anew();
                 }
             }
             if !(self.synced && self.addressed) {
@@ -469,7 +487,8 @@ impl Worker {
                 }
                 Err(error) => {
                     warn!(error = %format!("{error:#}"), retry_ms = wait.as_millis() as u64, "not programmed; trying again");
-                    self.health.failed(&format!("{error:#}"));
+                    self.health.failed(&error);
+                    self.anew = true;
                     retry = Some(wait);
                     wait = (wait * 2).min(RETRY.1);
                 }
@@ -480,6 +499,7 @@ impl Worker {
     fn take(&mut self, input: Input) {
         match input {
             Input::Source(Report::Changed(events)) => {
+                self.health.queued(&events);
                 events.into_iter().for_each(|event: Event| self.compiler.apply(event));
             }
             Input::Source(Report::Synced) => self.synced = true,
@@ -493,6 +513,7 @@ impl Worker {
             }
             Input::Addresses(addresses) => {
                 self.addressed = true;
+                self.health.queued_anew();
                 self.compiler.set_addresses(addresses);
             }
             Input::Shutdown => {}
@@ -522,9 +543,11 @@ impl Worker {
         self.pending.merge(changes);
         self.tell();
         if self.pending.is_empty() && !first {
+            self.health.unchanged();
             return Ok(());
         }
         let table = self.compiler.table();
+        let full = first || self.anew;
         let report = self.datapath.apply(table, &self.pending).map_err(anyhow::Error::from)?;
         if let Some(reconciler) = &mut self.reconciler {
             reconciler.note(&self.pending);
@@ -532,7 +555,7 @@ impl Worker {
         if let Some(resetter) = &mut self.resetter {
             resetter.note(table, &self.pending);
         }
-        self.pending = Changes::default();
+        (self.pending, self.anew) = (Changes::default(), false);
         let elapsed = started.elapsed();
         let refused: Vec<String> = report.refused.iter().map(ToString::to_string).collect();
         for text in refused.iter().filter(|text| !self.refused.contains(text)) {
@@ -549,7 +572,7 @@ impl Worker {
             "{}",
             self.datapath.done()
         );
-        self.health.applied(table, elapsed, report.refused.len());
+        self.health.applied(table, &report, elapsed, full);
         Ok(())
     }
 
@@ -577,7 +600,7 @@ impl Worker {
     fn retire_others(&mut self) {
         let Some(retire) = &mut self.retire else { return };
         match retire.step(self.compiler.table()) {
-            Ok(left) => self.health.draining(left),
+            Ok(left) => self.health.draining(&left),
             Err(error) => {
                 warn!(error = %format!("{error:#}"), "what another mode left can't be removed; trying again");
             }

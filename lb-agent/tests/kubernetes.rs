@@ -16,7 +16,7 @@ use axum::{
     routing::{get, post},
 };
 use futures::StreamExt as _;
-use lb_agent::source::{Report, Source, kubernetes::Kubernetes};
+use lb_agent::source::{About, Notice, Noticed, Notices, Report, Source, kubernetes::Kubernetes};
 use lb_core::model::{Event, ObjectName};
 use serde_json::{Value, json};
 use tokio::sync::{broadcast, mpsc, watch};
@@ -201,9 +201,18 @@ fn addr_of(events: &[Event]) -> Option<String> {
 }
 
 fn start(kubeconfig: PathBuf) -> mpsc::Receiver<Report> {
+    start_with(kubeconfig, Notices::channel().1)
+}
+
+fn start_with(kubeconfig: PathBuf, notices: mpsc::Receiver<Noticed>) -> mpsc::Receiver<Report> {
     let (sender, reports) = mpsc::channel(64);
-    let source =
-        Kubernetes { kubeconfig: Some(kubeconfig), context: None, node: "node1".into(), events: true };
+    let source = Kubernetes {
+        kubeconfig: Some(kubeconfig),
+        context: None,
+        node: "node1".into(),
+        events: true,
+        notices,
+    };
     tokio::spawn(source.run(sender));
     reports
 }
@@ -339,4 +348,43 @@ async fn ranges_of_cluster_ips_are_watched_where_there_are_any() {
     while next(&mut reports).await != Report::Synced {}
     *server.forbidden.lock().unwrap() = "";
     assert!(matches!(&changed(&mut reports).await[..], [Event::ServiceCidr(_)]));
+}
+
+#[tokio::test]
+async fn notices_become_events_in_kube_proxys_words() {
+    let (server, kubeconfig) = Server::start("services").await;
+    let (notices, noticed) = Notices::channel();
+    let notice = |about, warning, reason, note: &str| Notice {
+        about,
+        warning,
+        reason,
+        action: "Listen",
+        note: note.into(),
+    };
+    notices.send(notice(About::ThisNode, false, "Starting", ""));
+    let web = About::Service(ObjectName::new("shop", "web"));
+    notices.send(notice(web, true, "FailedToStartServiceHealthcheck", "port 32000 is taken"));
+    // Before the first list is complete.
+    let _reports = start_with(kubeconfig, noticed);
+    notices.flush().await;
+    let posted = server.events.lock().unwrap().clone();
+    let fields = |event: &Value| {
+        ["/type", "/reason", "/action", "/note", "/regarding/kind", "/regarding/namespace", "/regarding/name"]
+            .map(|path| event.pointer(path).and_then(Value::as_str).unwrap_or("-").to_owned())
+    };
+    assert_eq!(
+        posted.iter().map(fields).collect::<Vec<_>>(),
+        [
+            ["Normal", "Starting", "Listen", "-", "Node", "-", "node1"],
+            [
+                "Warning",
+                "FailedToStartServiceHealthcheck",
+                "Listen",
+                "port 32000 is taken",
+                "Service",
+                "shop",
+                "web"
+            ],
+        ]
+    );
 }

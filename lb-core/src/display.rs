@@ -28,7 +28,11 @@ impl fmt::Display for ServiceTable {
             }
             writeln!(f)?;
         }
-        self.service_cidrs.iter().try_for_each(|range| writeln!(f, "service-cidr {range}"))
+        self.service_cidrs.iter().try_for_each(|range| writeln!(f, "service-cidr {range}"))?;
+        for (service, check) in &self.health_checks {
+            writeln!(f, "health-check {service} port={} endpoints={}", check.port, check.local_endpoints)?;
+        }
+        Ok(())
     }
 }
 

@@ -5,7 +5,7 @@
 //!
 //! Semantics follow kube-proxy 1.36 (`pkg/proxy/serviceport.go`, `endpointslicecache.go`).
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc, time::SystemTime};
 
 use ipnet::IpNet;
 use serde::Serialize;
@@ -196,6 +196,9 @@ pub struct EndpointSlice {
     pub ports: Vec<SlicePort>,
     /// Endpoints, in the object's order.
     pub endpoints: Vec<Endpoint>,
+    /// When what the slice follows (a Pod, the Service) changed: annotation
+    /// `endpoints.kubernetes.io/last-change-trigger-time`.
+    pub triggered: Option<SystemTime>,
 }
 
 /// One port of an EndpointSlice.
@@ -239,6 +242,8 @@ pub struct Node {
     pub zone: Option<Arc<str>>,
     /// `spec.podCIDRs`.
     pub pod_cidrs: Vec<IpNet>,
+    /// It is neither being deleted nor tainted by the cluster autoscaler as about to be: load balancers may send to it.
+    pub eligible: bool,
 }
 
 /// A Pod, as far as endpoints can be derived from it (manifests only; a cluster has EndpointSlices).

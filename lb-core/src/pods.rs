@@ -28,6 +28,7 @@ pub(crate) fn slices<'a>(service: &Service, pods: impl Iterator<Item = &'a Pod>)
                 node_hints: Vec::new(),
             };
             slices.push(EndpointSlice {
+                triggered: None,
                 name: ObjectName::new(pod.name.namespace.clone(), format!("{}-{addr}", pod.name.name)),
                 service: service.name.clone(),
                 family: Family::of(*addr),

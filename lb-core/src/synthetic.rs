@@ -59,6 +59,7 @@ pub fn slice(i: u32, endpoints: u32, version: u32) -> EndpointSlice {
         node_hints: Vec::new(),
     };
     EndpointSlice {
+        triggered: None,
         name: ObjectName::new("default", format!("svc-{i}-slice")),
         service: name(i),
         family: Family::V4,

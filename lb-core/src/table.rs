@@ -186,6 +186,27 @@ pub enum VipKind {
     OwnAddress,
 }
 
+/// Whose traffic a policy is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum Traffic {
+    /// `internalTrafficPolicy`.
+    Internal,
+    /// `externalTrafficPolicy`.
+    External,
+}
+
+/// How this node tells load balancers of a Service's endpoints on it: `healthCheckNodePort`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct HealthCheck {
+    /// TCP port.
+    pub port: u16,
+    /// Addresses that answer; `None` is all.
+    pub addresses: Option<BTreeSet<IpAddr>>,
+    /// Endpoints on this node that are ready. Terminating ones don't count, though they may still serve: load balancers
+    /// leave the node first.
+    pub local_endpoints: usize,
+}
+
 /// What this node serves. Equal inputs give equal tables, and equal tables print alike.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServiceTable {
@@ -197,6 +218,10 @@ pub struct ServiceTable {
     pub vips: BTreeMap<IpAddr, VipKind>,
     /// Ranges that ClusterIPs are allocated from: an address of them that is nobody's leads nowhere.
     pub service_cidrs: BTreeSet<IpNet>,
+    /// Services whose load balancers ask this node.
+    pub health_checks: BTreeMap<ObjectName, HealthCheck>,
+    /// How many service ports have endpoints and a policy Local, and no endpoint here.
+    pub without_local: BTreeMap<(Family, Traffic), usize>,
 }
 
 /// Which keys of a [`ServiceTable`] may differ from the table of the last call.
@@ -210,12 +235,18 @@ pub struct Changes {
     pub vips: BTreeSet<IpAddr>,
     /// The ranges of ClusterIPs changed.
     pub service_cidrs: bool,
+    /// What load balancers are told changed; no datapath looks at it.
+    pub health_checks: bool,
 }
 
 impl Changes {
     /// Nothing changed.
     pub fn is_empty(&self) -> bool {
-        self.services.is_empty() && self.frontends.is_empty() && self.vips.is_empty() && !self.service_cidrs
+        self.services.is_empty()
+            && self.frontends.is_empty()
+            && self.vips.is_empty()
+            && !self.service_cidrs
+            && !self.health_checks
     }
 
     /// Every key of `table`: what a datapath that knows nothing yet has to look at.
@@ -225,6 +256,7 @@ impl Changes {
             frontends: table.frontends.keys().copied().collect(),
             vips: table.vips.keys().copied().collect(),
             service_cidrs: true,
+            health_checks: true,
         }
     }
 
@@ -234,5 +266,6 @@ impl Changes {
         self.frontends.extend(other.frontends);
         self.vips.extend(other.vips);
         self.service_cidrs |= other.service_cidrs;
+        self.health_checks |= other.health_checks;
     }
 }

@@ -126,6 +126,7 @@ fn slice(world: &World, n: u8) -> EndpointSlice {
     };
     let port = |protocol| SlicePort { name: "http".into(), protocol, port: 8080 };
     EndpointSlice {
+        triggered: None,
         name: name(world, n),
         service: name(world, n),
         family: if world.v6 { Family::V6 } else { Family::V4 },

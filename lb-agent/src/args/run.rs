@@ -93,6 +93,9 @@ pub struct RunArgs {
     /// Least time between two writes to the kernel; what changes meanwhile is written together [default: 5ms].
     #[arg(long, value_name = "DURATION")]
     min_sync_period: Option<Period>,
+    /// A change that waits for the kernel for twice as long makes /healthz and /livez answer 503 [default: 30s].
+    #[arg(long, value_name = "DURATION")]
+    sync_period: Option<Period>,
 }
 
 /// kube-proxy's options of the same names (`cmd/kube-proxy/app/options.go`).
@@ -320,6 +323,8 @@ pub struct Config {
     pub trace: Option<TraceFilter>,
     /// Least time between two writes.
     pub min_sync_period: Duration,
+    /// A change that waits for twice as long makes the node unhealthy.
+    pub sync_period: Duration,
 }
 
 /// Ports of a dry run: kube-proxy has the usual ones.
@@ -372,6 +377,10 @@ impl RunArgs {
         put(&mut to.lb.on_backend_gone, self.on_backend_gone.and_then(typed));
         put(&mut to.lb.flows_max, self.flows_max);
         put(&mut to.lb.min_sync_period, self.min_sync_period);
+        for of_mode in [&mut to.iptables.sync_period, &mut to.ipvs.sync_period, &mut to.nftables.sync_period]
+        {
+            put(of_mode, self.sync_period);
+        }
         if self.dry_run {
             let [healthz, metrics] = DRY_RUN.map(|(addr, port)| Some(format!("{addr}:{port}")));
             to.healthz_bind_address = self.kube_proxy.healthz_bind_address.clone().or(healthz);
@@ -415,6 +424,7 @@ impl RunArgs {
             on_backend_gone: settings.on_backend_gone,
             trace: self.trace_packets.as_deref().map(trace::parse_filter).transpose()?,
             min_sync_period: settings.min_sync_period(mode),
+            sync_period: settings.sync_period(mode),
             settings,
         })
     }

@@ -8,7 +8,11 @@ mod program;
 
 use std::{fmt, time::Duration};
 
-use lb_core::table::{Changes, ServiceTable};
+use lb_core::{
+    model::Family,
+    rules::iptables::Table,
+    table::{Changes, ServiceTable},
+};
 
 /// Brings this node's kernel state to a table. Blocking; called from one dedicated thread, never concurrently.
 pub trait Datapath: Send {
@@ -48,6 +52,23 @@ pub struct ApplyReport {
     pub deletes: usize,
     /// Service ports that could not be programmed (a full map, say) with the reason; all others work.
     pub refused: Vec<Refused>,
+    /// Families whose unused rules could not be removed since the last call.
+    pub cleanup_failures: Vec<Family>,
+    /// iptables' rules by table.
+    pub rules: Vec<RuleCount>,
+}
+
+/// How many rules of ours a table of iptables has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RuleCount {
+    /// IP family.
+    pub family: Family,
+    /// Table.
+    pub table: Table,
+    /// All of them.
+    pub total: usize,
+    /// Those that were written.
+    pub written: usize,
 }
 
 /// A service port that could not be programmed.
@@ -71,6 +92,16 @@ pub enum DatapathError {
         map: String,
         /// The kernel's answer.
         source: std::io::Error,
+    },
+    /// One family's rules were not loaded.
+    #[error("load {family} rules")]
+    Rules {
+        /// Which.
+        family: Family,
+        /// Only what changed was to be loaded, not all.
+        partial: bool,
+        /// The cause.
+        source: Box<DatapathError>,
     },
     /// Anything else, with its object in the text.
     #[error("{operation} {object}")]

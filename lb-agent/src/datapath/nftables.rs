@@ -30,13 +30,21 @@ struct FamilyTable {
     rules: Option<Rules>,
     /// The kernel's handle of the table: another one means that somebody removed ours.
     handle: Option<u64>,
+    /// Chains that are no longer used could not be removed.
+    unclean: bool,
 }
 
 impl NftablesDatapath {
     /// Finds nft.
     pub fn open(config: &Config) -> Result<Self, DatapathError> {
         handle(Family::V4)?;
-        let family = |family| FamilyTable { family, config: config.clone(), rules: None, handle: None };
+        let family = |family| FamilyTable {
+            family,
+            config: config.clone(),
+            rules: None,
+            handle: None,
+            unclean: false,
+        };
         Ok(Self { families: [Family::V4, Family::V6].map(family).into(), generation: None })
     }
 }
@@ -49,7 +57,14 @@ impl Datapath for NftablesDatapath {
     fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<ApplyReport, DatapathError> {
         let mut report = ApplyReport::default();
         for family in &mut self.families {
-            let (upserts, deletes) = family.apply(table, changes)?;
+            let (of, partial) = (family.family, family.rules.is_some());
+            let applied = family.apply(table, changes).map_err(|source| DatapathError::Rules {
+                family: of,
+                partial,
+                source: Box::new(source),
+            });
+            let (upserts, deletes) = applied?;
+            report.cleanup_failures.extend(std::mem::take(&mut family.unclean).then_some(of));
             report.upserts += upserts;
             report.deletes += deletes;
         }
@@ -108,7 +123,7 @@ impl FamilyTable {
                     && let Err(error) = load(&swept.to_string())
                 {
                     warn!(%error, "chains that are no longer used can't be removed; everything is loaded again");
-                    self.rules = None;
+                    (self.rules, self.unclean) = (None, true);
                     return false;
                 }
                 true

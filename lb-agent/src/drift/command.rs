@@ -16,7 +16,7 @@ use crate::{
     args::{DiffArgs, Mode, SourceConfig, node_name},
     datapath::ebpf::maps::Pins,
     netlink::{DeviceChoice, Netlink},
-    source::{Report, Source, kubernetes::Kubernetes, manifests::Manifests},
+    source::{Notices, Report, Source, kubernetes::Kubernetes, manifests::Manifests},
 };
 
 /// Prints the differences, and says whether there are any.
@@ -81,7 +81,8 @@ async fn objects(source: SourceConfig, node: &str) -> Result<(Vec<Event>, Vec<Wa
         SourceConfig::Kubernetes { kubeconfig, context } => (kubeconfig, context),
     };
     let (sender, mut reports) = mpsc::channel(256);
-    let kubernetes = Kubernetes { kubeconfig, context, node: node.into(), events: false };
+    let (_, notices) = Notices::channel();
+    let kubernetes = Kubernetes { kubeconfig, context, node: node.into(), events: false, notices };
     let mut source = tokio::spawn(kubernetes.run(sender));
     let (mut events, mut warnings) = (Vec::new(), Vec::new());
     let patience = tokio::time::sleep(PATIENCE);

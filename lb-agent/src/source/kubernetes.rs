@@ -17,12 +17,12 @@ use kube::{
 };
 use lb_core::model::{Event, ObjectName, Warning};
 use serde::de::DeserializeOwned;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::AbortHandle};
 use tower::timeout::TimeoutLayer;
 use tracing::debug;
 
 use super::{
-    Report, Reports, Source,
+    About, Notice, Noticed, Report, Reports, Source,
     watch::{Told, watch},
 };
 use crate::convert;
@@ -37,6 +37,8 @@ pub struct Kubernetes {
     pub node: Arc<str>,
     /// What is wrong with an object is put on it as an Event, too.
     pub events: bool,
+    /// What else is to be put on objects.
+    pub notices: mpsc::Receiver<Noticed>,
 }
 
 impl Kubernetes {
@@ -137,7 +139,10 @@ impl Source for Kubernetes {
     async fn run(self, reports: Reports) -> Result<()> {
         let client = self.client().await?;
         let reporter = Reporter { controller: "lb-agent".into(), instance: Some(self.node.to_string()) };
-        let notes = self.events.then(|| publish(Recorder::new(client.clone(), reporter)));
+        let recorder = self.events.then(|| Recorder::new(client.clone(), reporter));
+        let publisher = tokio::spawn(publish_notices(recorder.clone(), self.node.clone(), self.notices));
+        let _publisher = AbortOnDrop(publisher.abort_handle());
+        let notes = recorder.map(publish);
         let (synced, mut all_synced) = mpsc::channel(4);
         let mut watches = tokio::task::JoinSet::new();
         let to = Told { client, notes, reports: reports.clone(), synced };
@@ -175,6 +180,59 @@ fn publish(recorder: Recorder) -> mpsc::Sender<Note> {
         }
     });
     notes
+}
+
+/// Ends a task with the one that began it.
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Publishes notices as they come.
+async fn publish_notices(recorder: Option<Recorder>, node: Arc<str>, mut notices: mpsc::Receiver<Noticed>) {
+    while let Some(noticed) = notices.recv().await {
+        match (noticed, &recorder) {
+            (Noticed::Flush(flushed), _) => drop(flushed.send(())),
+            (Noticed::Notice(notice), Some(recorder)) => {
+                if let Err(error) = recorder.publish(&event(&notice), &reference(&notice.about, &node)).await
+                {
+                    debug!(%error, "Event not published");
+                }
+            }
+            (Noticed::Notice(_), None) => {}
+        }
+    }
+}
+
+fn event(notice: &Notice) -> KubeEvent {
+    KubeEvent {
+        type_: if notice.warning { EventType::Warning } else { EventType::Normal },
+        reason: notice.reason.into(),
+        note: (!notice.note.is_empty()).then(|| notice.note.clone()),
+        action: notice.action.into(),
+        secondary: None,
+    }
+}
+
+/// With kube-proxy's uids, which are names: by them `kubectl describe node` finds Events.
+fn reference(about: &About, node: &str) -> core::ObjectReference {
+    let (kind, namespace, name, uid) = match about {
+        About::ThisNode => ("Node", None, node.to_owned(), node.to_owned()),
+        About::Service(name) => {
+            ("Service", Some(name.namespace.to_string()), name.name.to_string(), name.to_string())
+        }
+    };
+    core::ObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some(kind.into()),
+        namespace,
+        name: Some(name),
+        uid: Some(uid),
+        ..Default::default()
+    }
 }
 
 fn event_of(warnings: &[Warning]) -> KubeEvent {

@@ -1,7 +1,10 @@
 //! Which endpoints may serve: readiness, termination, topology hints, locality (kube-proxy 1.36 `topology.go`
 //! `CategorizeEndpoints`, `endpointslicecache.go`).
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use super::NodeView;
 use crate::{
@@ -63,15 +66,33 @@ pub(super) fn categorize(
         of.map(|(key, _)| *key).collect()
     };
     let (serving, not_serving) = (of(true), of(false));
-    let health_check_node_port = match (service.service_type, service.external_policy) {
-        (ServiceType::LoadBalancer, TrafficPolicy::Local) => service.health_check_node_port,
-        _ => 0,
-    };
+    let health_check_node_port = health_check_node_port(service);
     let affinity_secs = service.affinity_secs;
     Categorized {
         entry: ServiceEntry { affinity_secs, health_check_node_port, cluster, local, serving, not_serving },
         has_any,
     }
+}
+
+/// The port on which load balancers ask for a Service, 0 for none.
+pub(super) fn health_check_node_port(service: &Service) -> u16 {
+    match (service.service_type, service.external_policy) {
+        (ServiceType::LoadBalancer, TrafficPolicy::Local) => service.health_check_node_port,
+        _ => 0,
+    }
+}
+
+/// How many ready endpoints a Service has on this node, whatever their ports. One with addresses of both families is in
+/// slices of both, and counts once.
+pub(super) fn ready_here(slices: &[EndpointSlice], node: &NodeView) -> usize {
+    let of_family = |family: Family| {
+        let endpoints = slices.iter().filter(|slice| slice.family == family && !slice.ports.is_empty());
+        let ready = endpoints
+            .flat_map(|slice| &slice.endpoints)
+            .filter(|endpoint| endpoint.ready && endpoint.node.as_deref() == Some(&*node.name));
+        ready.map(|endpoint| endpoint.addr).collect::<BTreeSet<IpAddr>>().len()
+    };
+    of_family(Family::V4).max(of_family(Family::V6))
 }
 
 /// The port's endpoints by address and port; of two with the same, one that isn't terminating wins.

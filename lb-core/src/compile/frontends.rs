@@ -13,8 +13,8 @@ use super::{CompileConfig, NodeView, endpoints};
 use crate::{
     model::{EndpointSlice, Family, NodePortAddress, Protocol, Service, ServicePort, TrafficPolicy, Warning},
     table::{
-        BackendList, Frontend, FrontendAddr, FrontendKind, Masquerade, NoBackends, Scope, ServiceEntry,
-        ServicePortId,
+        BackendList, Frontend, FrontendAddr, FrontendKind, HealthCheck, Masquerade, NoBackends, Scope,
+        ServiceEntry, ServicePortId, Traffic,
     },
 };
 
@@ -23,6 +23,9 @@ use crate::{
 pub(super) struct Resolved {
     pub(super) entries: BTreeMap<ServicePortId, ServiceEntry>,
     pub(super) frontends: BTreeMap<FrontendAddr, Frontend>,
+    pub(super) health_check: Option<HealthCheck>,
+    /// One for each service port and policy that has endpoints elsewhere only.
+    pub(super) without_local: Vec<(Family, Traffic)>,
     pub(super) warnings: Vec<Warning>,
 }
 
@@ -33,7 +36,8 @@ pub(super) fn resolve(
     node: &NodeView,
     config: &CompileConfig,
 ) -> Resolved {
-    let mut resolved = Resolved::default();
+    let mut resolved =
+        Resolved { health_check: health_check(service, slices, node, config), ..Resolved::default() };
     let vips = vips(service, &mut resolved.warnings);
     let node_ports = config.node_port_addresses(node);
     for (index, port) in service.ports.iter().enumerate() {
@@ -62,6 +66,24 @@ pub(super) fn resolve(
     resolved
 }
 
+/// What load balancers are told (kube-proxy: `healthcheck/service_health.go`).
+fn health_check(
+    service: &Service,
+    slices: &[EndpointSlice],
+    node: &NodeView,
+    config: &CompileConfig,
+) -> Option<HealthCheck> {
+    let port = endpoints::health_check_node_port(service);
+    (port != 0).then(|| HealthCheck {
+        port,
+        addresses: (!config.node_port_addresses.is_empty()).then(|| {
+            let answering = config.node_port_addresses(node).into_iter().map(|(addr, _)| addr);
+            answering.filter(|addr| has_family(service, Family::of(*addr))).collect()
+        }),
+        local_endpoints: endpoints::ready_here(slices, node),
+    })
+}
+
 #[expect(clippy::too_many_arguments, reason = "one service port in one family; called from one place")]
 fn resolve_port(
     service: &Service,
@@ -82,6 +104,13 @@ fn resolve_port(
     let externally_accessible =
         port.node_port != 0 || addrs.iter().any(|(_, _, kind)| *kind != FrontendKind::ClusterIp);
     let found = endpoints::categorize(service, port, family, slices, node, externally_accessible);
+    if found.has_any && found.entry.local.is_empty() {
+        let external = externally_accessible && service.external_policy == TrafficPolicy::Local;
+        let internal = service.internal_policy == TrafficPolicy::Local;
+        let policies = [(internal, Traffic::Internal), (external, Traffic::External)];
+        let local = policies.into_iter().filter(|(is_local, _)| *is_local);
+        resolved.without_local.extend(local.map(|(_, traffic)| (family, traffic)));
+    }
     let scope = |policy: TrafficPolicy, masquerade| Scope {
         list: match policy {
             TrafficPolicy::Cluster => BackendList::Cluster,

@@ -204,6 +204,21 @@ impl Compiler {
             self.keep(name, desired);
             return;
         }
+        for key in &actual.without_local {
+            self.table.without_local.entry(*key).and_modify(|count| *count -= 1);
+        }
+        for key in &desired.without_local {
+            *self.table.without_local.entry(*key).or_default() += 1;
+        }
+        self.table.without_local.retain(|_, count| *count > 0);
+        let health_check = desired.health_check.clone();
+        if self.table.health_checks.get(name) != health_check.as_ref() {
+            changes.health_checks = true;
+            match health_check {
+                Some(check) => self.table.health_checks.insert(name.clone(), check),
+                None => self.table.health_checks.remove(name),
+            };
+        }
         for id in actual.entries.keys().filter(|id| !desired.entries.contains_key(*id)) {
             self.table.services.remove(id);
             changes.services.insert(id.clone());

@@ -6,10 +6,11 @@ use super::*;
 use crate::{
     model::{
         ContainerPort, Endpoint, EndpointSlice, Family, Node, Pod, Protocol, Service, ServiceCidr,
-        ServicePort, SlicePort, TargetPort, TrafficPolicy,
+        ServicePort, ServiceType, SlicePort, TargetPort, TrafficPolicy,
     },
     snapshot::ClusterSnapshot,
     synthetic,
+    table::{BackendList, Traffic},
 };
 
 fn ip(text: &str) -> IpAddr {
@@ -47,6 +48,7 @@ fn endpoint(text: &str) -> Endpoint {
 fn slice(service: &str, endpoints: &[&str]) -> EndpointSlice {
     let endpoints: Vec<Endpoint> = endpoints.iter().map(|text| endpoint(text)).collect();
     EndpointSlice {
+        triggered: None,
         name: ObjectName::new("default", format!("{service}-1")),
         service: ObjectName::new("default", service),
         family: endpoints.first().map_or(Family::V4, |endpoint| Family::of(endpoint.addr)),
@@ -161,8 +163,13 @@ fn external_policy_local_keeps_the_client_and_spares_this_nodes_own() {
 fn a_nodes_own_address_as_external_ip_is_a_node_address() {
     let mut web = service("web", "10.96.0.1");
     web.external_ips = vec![ip("192.0.2.1"), ip("192.0.2.2"), ip("198.51.100.1")];
-    let node =
-        Node { name: "node-2".into(), addresses: vec![ip("192.0.2.2")], zone: None, pod_cidrs: Vec::new() };
+    let node = Node {
+        name: "node-2".into(),
+        addresses: vec![ip("192.0.2.2")],
+        zone: None,
+        pod_cidrs: Vec::new(),
+        eligible: true,
+    };
     check(
         vec![Event::Node(node), Event::Service(web)],
         expect![[r#"
@@ -368,6 +375,7 @@ fn node_ports_answer_on_the_allowed_addresses() {
         addresses: vec![ip("fd00::1"), ip("10.0.0.1"), ip("192.0.2.1")],
         zone: None,
         pod_cidrs: Vec::new(),
+        eligible: true,
     }));
     let address = |text: &&str| match *text {
         "primary" => NodePortAddress::Primary,
@@ -387,6 +395,62 @@ fn node_ports_answer_on_the_allowed_addresses() {
             .collect();
         assert_eq!(at, expected, "{ranges:?}");
     }
+}
+
+#[test]
+fn load_balancers_are_told_of_ready_endpoints_here_alone() {
+    let mut web = service("web", "10.96.0.1");
+    web.service_type = ServiceType::LoadBalancer;
+    web.external_policy = TrafficPolicy::Local;
+    web.health_check_node_port = 32000;
+    web.load_balancer_ips = vec![ip("198.51.100.1")];
+    let told = |service: &Service, endpoints: &[&str]| {
+        // A second port of the same endpoints doesn't count twice.
+        let mut slice = slice("web", endpoints);
+        slice.ports.push(SlicePort { name: "dns".into(), protocol: Protocol::Udp, port: 53 });
+        let table = compiled(vec![Event::Service(service.clone()), Event::EndpointSlice(slice)]).table;
+        let local = table.frontends.values().any(|frontend| {
+            frontend.external.list == BackendList::Local
+                && !table.services[&frontend.service].local.is_empty()
+        });
+        let check = table.health_checks.get(&service.name).map(|check| (check.port, check.local_endpoints));
+        (check, local, table.without_local.get(&(Family::V4, Traffic::External)).copied())
+    };
+    let here = ["10.1.0.1 node-1 ready", "10.1.0.2 node-1 ready", "10.1.0.3 node-1 draining"];
+    assert_eq!(told(&web, &here), (Some((32000, 2)), true, None));
+    assert_eq!(told(&web, &["10.2.0.1 node-2 ready"]), (Some((32000, 0)), false, Some(1)));
+    assert_eq!(told(&web, &[]), (Some((32000, 0)), false, None), "nobody is elsewhere either");
+    assert_eq!(told(&web, &["10.1.0.3 node-1 draining"]), (Some((32000, 0)), true, None), "still served");
+    for change in [
+        (|web| web.external_policy = TrafficPolicy::Cluster) as fn(&mut Service),
+        |web| web.service_type = ServiceType::NodePort,
+        |web| web.health_check_node_port = 0,
+    ] {
+        let mut other = web.clone();
+        change(&mut other);
+        assert_eq!(told(&other, &here).0, None);
+    }
+}
+
+#[test]
+fn health_checks_answer_where_node_ports_do() {
+    let mut web = service("web", "10.96.0.1");
+    web.service_type = ServiceType::LoadBalancer;
+    web.external_policy = TrafficPolicy::Local;
+    web.health_check_node_port = 32000;
+    let mut snapshot = ClusterSnapshot::default();
+    snapshot.apply(Event::Service(web.clone()));
+    let node =
+        NodeView { addresses: vec![ip("192.0.2.1"), ip("10.9.0.1"), ip("2001:db8::1")], ..node_view() };
+    let answers = |ranges: &[&str]| {
+        let ranges =
+            ranges.iter().map(|range| NodePortAddress::Range(range.parse().expect("a range"))).collect();
+        let config = CompileConfig { node_port_addresses: ranges, ..CompileConfig::default() };
+        compile(&snapshot, &node, &config).table.health_checks[&web.name].addresses.clone()
+    };
+    assert_eq!(answers(&[]), None);
+    assert_eq!(answers(&["192.0.2.0/24", "2001:db8::/64"]), Some(BTreeSet::from([ip("192.0.2.1")])));
+    assert_eq!(answers(&["203.0.113.0/24"]), Some(BTreeSet::new()));
 }
 
 #[test]
@@ -456,6 +520,7 @@ fn incremental_compiles_end_equal_to_a_fresh_one() {
                 addresses: vec![ip(&format!("192.0.2.{}", random(4)))],
                 zone: None,
                 pod_cidrs: Vec::new(),
+                eligible: true,
             }),
             _ => {
                 let mut service = synthetic::service(i);
@@ -463,6 +528,11 @@ fn incremental_compiles_end_equal_to_a_fresh_one() {
                 service.external_ips = vec![ip(&format!("192.0.2.{}", random(4)))];
                 service.ports[0] =
                     ServicePort { node_port: 30000 + random(3) as u16, ..service.ports[0].clone() };
+                service.service_type = ServiceType::LoadBalancer;
+                for policy in [&mut service.external_policy, &mut service.internal_policy] {
+                    *policy = [TrafficPolicy::Cluster, TrafficPolicy::Local][random(2) as usize];
+                }
+                service.health_check_node_port = 32000 * random(2) as u16;
                 Event::Service(service)
             }
         };
@@ -491,4 +561,10 @@ fn carry(mirror: &mut ServiceTable, table: &ServiceTable, changes: &Changes) {
     copy(&mut mirror.services, &table.services, &changes.services);
     copy(&mut mirror.frontends, &table.frontends, &changes.frontends);
     copy(&mut mirror.vips, &table.vips, &changes.vips);
+    if changes.health_checks {
+        mirror.health_checks.clone_from(&table.health_checks);
+    }
+    if !changes.is_empty() {
+        mirror.without_local.clone_from(&table.without_local);
+    }
 }

@@ -24,8 +24,8 @@ pub struct Rules {
     config: Config,
     ports: BTreeMap<ServicePortId, Written>,
     owners: Owners,
-    /// Digests of chains that service ports share.
-    shared: BTreeMap<Chain, u64>,
+    /// Digests of chains that service ports share, and how many rules are in them.
+    shared: BTreeMap<Chain, (u64, usize)>,
     endpoints: usize,
     large: bool,
 }
@@ -37,6 +37,8 @@ struct Written {
     shared: Vec<(Table, &'static str, String)>,
     /// Digests of its own chains.
     own: BTreeMap<Arc<str>, u64>,
+    /// Rules in them, all of table nat.
+    own_rules: usize,
     endpoints: usize,
 }
 
@@ -108,6 +110,13 @@ impl Rules {
         own.map(|name| (Table::Nat, name.clone())).chain(self.shared.keys().cloned()).collect()
     }
 
+    /// How many rules a table has in these chains now.
+    pub fn count(&self, table: Table) -> usize {
+        let own = self.ports.values().map(|written| written.own_rules).sum();
+        let shared = self.shared.iter().filter(|((of, _), _)| *of == table).map(|(_, (_, rules))| rules);
+        shared.sum::<usize>() + if table == Table::Nat { own } else { 0 }
+    }
+
     fn rewrite(&mut self, table: &ServiceTable, id: &ServicePortId, transaction: &mut Transaction) {
         let before = self.ports.remove(id).unwrap_or_default();
         let frontends = self.owners.frontends(table, id);
@@ -127,6 +136,7 @@ impl Rules {
                 transaction.write(Table::Nat, chain.clone(), rules.iter().map(ToString::to_string).collect());
             }
             written.own.insert(chain.clone(), digest);
+            written.own_rules += rules.len();
         }
         for chain in before.own.keys().filter(|chain| !written.own.contains_key(*chain)) {
             transaction.delete(Table::Nat, chain.clone());
@@ -152,11 +162,11 @@ impl Rules {
             lines.entry((*chain).clone()).or_default().extend(rules.iter().map(String::as_str));
         }
         for (chain, lines) in lines {
-            let digest = digest(&lines);
-            if self.shared.get(&chain) != Some(&digest) {
+            let (digest, rules) = (digest(&lines), lines.len());
+            if self.shared.get(&chain) != Some(&(digest, rules)) {
                 let text = lines.into_iter().map(str::to_owned).collect();
                 transaction.write(chain.0, chain.1.clone(), text);
-                self.shared.insert(chain, digest);
+                self.shared.insert(chain, (digest, rules));
             }
         }
     }
@@ -197,16 +207,25 @@ impl Transaction {
         self.tables.is_empty()
     }
 
+    /// Rules written to one table.
+    pub fn written(&self, table: Table) -> usize {
+        self.tables.get(&table).map_or(0, TableChange::written)
+    }
+
     /// Rules written.
     pub fn upserts(&self) -> usize {
-        let of_table =
-            |change: &TableChange| change.chains.values().map(Vec::len).sum::<usize>() + change.jumps.len();
-        self.tables.values().map(of_table).sum()
+        self.tables.values().map(TableChange::written).sum()
     }
 
     /// Chains and jumps removed.
     pub fn deletes(&self) -> usize {
         self.tables.values().map(|change| change.deleted.len() + change.unjumped.len()).sum()
+    }
+}
+
+impl TableChange {
+    fn written(&self) -> usize {
+        self.chains.values().map(Vec::len).sum::<usize>() + self.jumps.len()
     }
 }
 

@@ -97,6 +97,7 @@ impl Scene {
                 addresses: addresses.iter().map(|addr| ip(addr)).collect(),
                 zone: (!random.once_in(6)).then(|| zone.into()),
                 pod_cidrs: Vec::new(),
+                eligible: true,
             }));
         }
         for i in 0..1 + random.below(3) {
@@ -319,6 +320,7 @@ fn slice(service: &Service, family: Family, number: usize, random: &mut Random) 
         port: 8000 + port.port,
     });
     EndpointSlice {
+        triggered: None,
         name: ObjectName::new("default", format!("{}-{family}-{number}", service.name.name)),
         service: service.name.clone(),
         family,

@@ -183,7 +183,12 @@ impl Datapath for EbpfDatapath {
         let deletes = ops.iter().filter(is_delete).count();
         let slot_writes: usize =
             ops.iter().map(|op| if let Op::Slots(_, ids) = op { ids.len() - 1 } else { 0 }).sum();
-        Ok(ApplyReport { upserts: ops.len() - deletes + slot_writes, deletes, refused })
+        Ok(ApplyReport {
+            upserts: ops.len() - deletes + slot_writes,
+            deletes,
+            refused,
+            ..ApplyReport::default()
+        })
     }
 
     fn is_intact(&mut self, table: &ServiceTable) -> bool {

@@ -16,7 +16,7 @@ use lb_core::{
 use tracing::{info, warn};
 
 use self::exec::{Loaded, Programs, Variant};
-use super::{ApplyReport, Datapath, DatapathError};
+use super::{ApplyReport, Datapath, DatapathError, RuleCount};
 
 /// The rules of both families.
 pub struct IptablesDatapath {
@@ -98,9 +98,15 @@ impl Datapath for IptablesDatapath {
     fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<ApplyReport, DatapathError> {
         let mut report = ApplyReport::default();
         for family in &mut self.families {
-            let transaction = family.apply(table, changes)?;
+            let (of, partial) = (family.family, family.rules.is_some());
+            let transaction = family.apply(table, changes).map_err(|source| DatapathError::Rules {
+                family: of,
+                partial,
+                source: Box::new(source),
+            })?;
             report.upserts += transaction.upserts();
             report.deletes += transaction.deletes();
+            report.rules.extend(family.count(&transaction));
         }
         Ok(report)
     }
@@ -127,6 +133,16 @@ impl FamilyRules {
         }
         self.rules = Some(rules);
         Ok(transaction)
+    }
+
+    fn count(&self, transaction: &Transaction) -> impl Iterator<Item = RuleCount> {
+        let total = |table| self.rules.as_ref().map_or(0, |rules| rules.count(table));
+        [Table::Filter, Table::Nat].into_iter().map(move |table| RuleCount {
+            family: self.family,
+            table,
+            total: total(table),
+            written: transaction.written(table),
+        })
     }
 
     /// All rules, without the chains of an earlier agent or kube-proxy that no longer have a place.

@@ -108,7 +108,7 @@ fn ip(text: &str) -> IpAddr {
 
 fn node(name: &str, addr: &str) -> Event {
     let addresses = vec![ip(addr)];
-    Event::Node(Node { name: name.into(), addresses, zone: None, pod_cidrs: Vec::new() })
+    Event::Node(Node { name: name.into(), addresses, zone: None, pod_cidrs: Vec::new(), eligible: true })
 }
 
 /// A service with these externalIPs, on a node that is 192.0.2.1.
