@@ -385,6 +385,9 @@ fn udp(
 /// Between two questions of one who talks.
 const TALK_PAUSE: Duration = Duration::from_millis(50);
 
+/// How long one who talks waits for an answer; a busy machine needs some of it.
+const TALK_ANSWER: Duration = Duration::from_millis(250);
+
 /// Prints at once, for whoever reads along.
 fn tell(line: &serde_json::Value) -> Result<()> {
     let mut out = std::io::stdout().lock();
@@ -399,7 +402,7 @@ fn talk(target: SocketAddr, source_port: u16, connected: bool, duration: Duratio
     if connected {
         socket.connect(target)?;
     }
-    socket.set_read_timeout(Some(TALK_PAUSE))?;
+    socket.set_read_timeout(Some(patience(TALK_ANSWER)))?;
     let mut buffer = [0; 2048];
     let deadline = Instant::now() + duration;
     while Instant::now() < deadline {
