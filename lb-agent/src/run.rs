@@ -47,7 +47,7 @@ use crate::{
     reset::Resetter,
     retire::Retire,
     serve::{self, Health},
-    source::{Noticed, Notices, Report, Source, kubernetes::Kubernetes, manifests::Manifests},
+    source::{About, Notice, Noticed, Notices, Report, Source, kubernetes::Kubernetes, manifests::Manifests},
     trace::DecisionLog,
 };
 
@@ -111,9 +111,10 @@ async fn serve(config: &Config, options: &RunArgs, file: &File, health: Arc<Heal
     let programmed = Arc::new(Notify::new());
     let worker = {
         let (config, health, programmed) = (config.clone(), health.clone(), programmed.clone());
+        let notices = notices.clone();
         thread::Builder::new()
             .name("program".into())
-            .spawn(move || Worker::new(&config, datapath, health, programmed).work(&thread_inputs))
+            .spawn(move || Worker::new(&config, datapath, health, programmed, notices).work(&thread_inputs))
             .context("start the programming thread")?
     };
     let send = |input| inputs.send(input).map_err(|_| anyhow!("the programming thread is gone"));
@@ -358,6 +359,10 @@ const SO_NETNS_COOKIE: i32 = 71;
 pub struct Worker {
     compiler: Compiler,
     datapath: Box<dyn Datapath>,
+    /// This node's name.
+    node: Arc<str>,
+    /// Told of what is refused.
+    notices: Notices,
     health: Arc<Health>,
     /// Told once the maps hold the whole cluster.
     programmed: Arc<Notify>,
@@ -380,6 +385,15 @@ pub struct Worker {
     warnings: BTreeMap<String, Vec<Warning>>,
     told: Vec<Warning>,
     refused: Vec<String>,
+}
+
+/// The first list is as large as the cluster, and the C library keeps what was freed after it.
+fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes nothing that is in use, and may be called at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 /// How rules follow the ranges of this node's pods.
@@ -408,11 +422,14 @@ impl Worker {
         datapath: Box<dyn Datapath>,
         health: Arc<Health>,
         programmed: Arc<Notify>,
+        notices: Notices,
     ) -> Self {
         let node = NodeView { name: config.node_name.clone(), ..NodeView::default() };
         Self {
             compiler: Compiler::new(config.compile.clone(), node),
             datapath,
+            node: config.node_name.clone(),
+            notices,
             health,
             programmed,
             interval: config.min_sync_period,
@@ -477,6 +494,7 @@ impl Worker {
                 Ok(()) => {
                     if first {
                         self.programmed.notify_one();
+                        give_memory_back();
                     }
                     (retry, wait, first) = (None, RETRY.0, false);
                     self.follow_up();
@@ -558,8 +576,15 @@ impl Worker {
         (self.pending, self.anew) = (Changes::default(), false);
         let elapsed = started.elapsed();
         let refused: Vec<String> = report.refused.iter().map(ToString::to_string).collect();
-        for text in refused.iter().filter(|text| !self.refused.contains(text)) {
-            warn!(refused = %text, "not served; all others are");
+        for refused in report.refused.iter().filter(|refused| !self.refused.contains(&refused.to_string())) {
+            warn!(%refused, "not served; all others are");
+            self.notices.send(Notice {
+                about: About::Service(refused.service.service.clone()),
+                warning: true,
+                reason: "NotServed",
+                action: "Program",
+                note: format!("{} is not served on node {}: {}", refused.service, self.node, refused.reason),
+            });
         }
         self.refused = refused;
         info!(
