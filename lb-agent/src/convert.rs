@@ -236,6 +236,7 @@ pub fn endpoint_slice(
         });
     }
     let service = ObjectName::new(name.namespace.clone(), service.as_str());
+    endpoints.shrink_to_fit();
     let triggered = triggered(&object.metadata);
     Some(EndpointSlice { service, family, ports: ports.collect(), endpoints, triggered, name })
 }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use litemap::LiteMap;
 
 use crate::{
     model::{EndpointSlice, Event, Node, ObjectName, Pod, Service},
@@ -18,7 +19,7 @@ use crate::{
 pub struct ClusterSnapshot {
     services: BTreeMap<ObjectName, Service>,
     /// Slices by their Service, then by their own name; kept even if the Service isn't known (yet).
-    slices: BTreeMap<ObjectName, BTreeMap<ObjectName, EndpointSlice>>,
+    slices: BTreeMap<ObjectName, LiteMap<ObjectName, EndpointSlice>>,
     slice_owners: HashMap<ObjectName, ObjectName>,
     nodes: BTreeMap<Arc<str>, Node>,
     service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
@@ -51,7 +52,9 @@ impl ClusterSnapshot {
                 dirty.extend(self.remove_slice(&slice.name));
                 dirty.insert(slice.service.clone());
                 self.slice_owners.insert(slice.name.clone(), slice.service.clone());
-                self.slices.entry(slice.service.clone()).or_default().insert(slice.name.clone(), slice);
+                let slices =
+                    self.slices.entry(slice.service.clone()).or_insert_with(|| LiteMap::with_capacity(1));
+                slices.insert(slice.name.clone(), slice);
             }
             Event::EndpointSliceGone(name) => dirty.extend(self.remove_slice(&name)),
             Event::Pod(pod) => {

@@ -186,6 +186,19 @@ impl Cluster {
         }
     }
 
+    /// The client reaches ClusterIPs and addresses that no node has by way of node 1.
+    pub fn route_services_to_node1(&self) -> Result<()> {
+        for (family, nets, via) in [
+            ("", ["198.51.100.0/24", "10.96.0.0/16"], node_ip(1)),
+            ("-6 ", ["2001:db8:ffff::/64", "fd00:10:96::/64"], node_ip6(1)),
+        ] {
+            for net in nets {
+                self.lab.ip("client", &format!("{family}route add {net} via {via}"))?;
+            }
+        }
+        Ok(())
+    }
+
     /// The folder all agents read.
     pub fn manifests(&self) -> PathBuf {
         self.lab.dir().join("manifests")

@@ -41,15 +41,7 @@ pub fn cluster() -> Cluster {
     for node in ["node1", "node2"] {
         cluster.serve(node, 9000).expect("a server");
     }
-    // The client reaches ClusterIPs and addresses that no node has by way of node 1.
-    for (family, nets, via) in [
-        ("", ["198.51.100.0/24", "10.96.0.0/16"], node_ip(1)),
-        ("-6 ", ["2001:db8:ffff::/64", "fd00:10:96::/64"], node_ip6(1)),
-    ] {
-        for net in nets {
-            cluster.lab.ip("client", &format!("{family}route add {net} via {via}")).expect("a route");
-        }
-    }
+    cluster.route_services_to_node1().expect("routes");
     // Else the kernel refuses six connections of a client and then one a second (icmp(7), `icmp_ratelimit`).
     for node in ["node1", "node2"] {
         for sysctl in ["net.ipv4.icmp_ratelimit", "net.ipv6.icmp.ratelimit"] {

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -312,22 +313,33 @@ fn a_watch_that_expires_means_a_new_list_and_no_gap() {
     assert!(!world.log().contains("API server is away"), "it is there, and answers");
 }
 
+/// Says that something is done when it goes.
+struct Told<'a>(&'a AtomicBool);
+
+impl Drop for Told<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Clients talk to Service 10, and its frontend is looked at, while something happens.
 fn while_never_gone(world: &World, happens: impl FnOnce()) {
     let clients = ["load", "10.96.0.10:80", "--connections", "10", "--udp", "0", "--secs", "4"];
     let clients = world.cluster.spawn("pod12", None, &clients).unwrap();
-    let done = std::sync::atomic::AtomicBool::new(false);
+    let done = AtomicBool::new(false);
     let looks = std::thread::scope(|scope| {
         let look = scope.spawn(|| {
             let mut looks = 0;
-            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+            while !done.load(Ordering::Relaxed) {
                 assert!(world.serves(10), "the frontend vanished");
                 looks += 1;
             }
             looks
         });
+        // Also if it panics: the thread that looks is waited for.
+        let told = Told(&done);
         happens();
-        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        drop(told);
         look.join().expect("the frontend stays")
     });
     let report: Value = serde_json::from_str(&finish(clients).unwrap()).unwrap();

@@ -273,11 +273,7 @@ fn tcp_to_a_terminating_backend_goes_on() {
 }
 
 fn until(holds: impl Fn() -> bool) {
-    let deadline = Instant::now() + patience(Duration::from_secs(10));
-    while !holds() {
-        assert!(Instant::now() < deadline, "in vain");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    lb_test::until("the cluster is as it should be", Duration::from_secs(10), holds);
 }
 
 /// A segment that conntrack calls invalid is not translated back: the client doesn't know its sender, and resets the

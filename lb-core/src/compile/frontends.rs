@@ -2,12 +2,13 @@
 //! `serviceport.go`, `iptables/proxier.go`).
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
 };
 
 use ipnet::IpNet;
+use litemap::LiteMap;
 
 use super::{CompileConfig, NodeView, endpoints};
 use crate::{
@@ -21,12 +22,27 @@ use crate::{
 /// One Service, resolved on its own: claims on frontends, not yet weighed against other Services'.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Resolved {
-    pub(super) entries: BTreeMap<ServicePortId, ServiceEntry>,
-    pub(super) frontends: BTreeMap<FrontendAddr, Frontend>,
+    pub(super) entries: LiteMap<ServicePortId, ServiceEntry>,
+    pub(super) frontends: LiteMap<FrontendAddr, Frontend>,
     pub(super) health_check: Option<HealthCheck>,
     /// One for each service port and policy that has endpoints elsewhere only.
     pub(super) without_local: Vec<(Family, Traffic)>,
     pub(super) warnings: Vec<Warning>,
+}
+
+impl Resolved {
+    /// To be kept: there is one for each Service, and most have one port.
+    pub(super) fn shrunk(mut self) -> Self {
+        self.entries = without_spare_room(self.entries);
+        self.frontends = without_spare_room(self.frontends);
+        self
+    }
+}
+
+fn without_spare_room<K: Ord, V>(map: LiteMap<K, V>) -> LiteMap<K, V> {
+    let mut pairs = map.into_tuple_vec();
+    pairs.shrink_to_fit();
+    LiteMap::from_sorted_store_unchecked(pairs)
 }
 
 /// Resolves a Service.

@@ -85,7 +85,7 @@ pub struct Compiler {
     table: ServiceTable,
     resolved: BTreeMap<ObjectName, Resolved>,
     /// Who claims a frontend, the oldest first: that one has it.
-    claims: BTreeMap<FrontendAddr, BTreeSet<(i64, ObjectName)>>,
+    claims: BTreeMap<FrontendAddr, Vec<(i64, ObjectName)>>,
     collisions: BTreeMap<FrontendAddr, Vec<Warning>>,
     /// How many frontends stand on an address.
     vip_uses: BTreeMap<IpAddr, usize>,
@@ -223,7 +223,7 @@ impl Compiler {
             self.table.services.remove(id);
             changes.services.insert(id.clone());
         }
-        for (id, entry) in &desired.entries {
+        for (id, entry) in desired.entries.iter() {
             if self.table.services.get(id) != Some(entry) {
                 self.table.services.insert(id.clone(), entry.clone());
                 changes.services.insert(id.clone());
@@ -236,7 +236,12 @@ impl Compiler {
             let claims = self.claims.entry(*addr).or_default();
             claims.retain(|(_, claimant)| claimant != name);
             if desired.frontends.contains_key(addr) {
-                claims.insert((created, name.clone()));
+                let claim = (created, name.clone());
+                if let Err(place) = claims.binary_search(&claim) {
+                    // Hardly ever is there more than one.
+                    claims.reserve_exact(1);
+                    claims.insert(place, claim);
+                }
             }
         }
         self.keep(name, desired);
@@ -247,7 +252,7 @@ impl Compiler {
 
     fn keep(&mut self, name: &ObjectName, resolved: Resolved) {
         if resolved != Resolved::default() {
-            self.resolved.insert(name.clone(), resolved);
+            self.resolved.insert(name.clone(), resolved.shrunk());
         }
     }
 

@@ -7,6 +7,7 @@ use std::{
     path::PathBuf,
     sync::Arc,
     thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -89,6 +90,10 @@ pub struct Listen {
 
 impl Listen {
     /// Opens the socket; it stays in its namespace, whoever takes connections from it.
+    ///
+    /// # Errors
+    ///
+    /// If the namespace is gone, or the port is taken.
     pub fn bind(&self) -> Result<StdListener> {
         let namespace = fs::File::open(&self.namespace).context("open the namespace")?;
         let address = self.address;
@@ -104,6 +109,18 @@ impl Listen {
         });
         bound.join().map_err(|_| anyhow!("the thread that listens panicked"))?
     }
+
+    /// As it could once. A program that a test starts has a copy of the last listener until its `exec`.
+    async fn bind_again(&self) -> StdListener {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match self.bind() {
+                Ok(listener) => return listener,
+                Err(error) => assert!(Instant::now() < deadline, "{error:#}"),
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
 }
 
 /// Takes connections for good; while the server is away there is no socket.
@@ -112,8 +129,11 @@ pub async fn serve(listen: Listen, first: StdListener, shared: Arc<Shared>) {
     let mut first = Some(first);
     loop {
         let _ = conduct.wait_for(|conduct| conduct.fault != Some(Fault::Away)).await;
-        let socket = first.take().map_or_else(|| listen.bind(), Ok);
-        let listener = socket.and_then(|socket| Ok(TcpListener::from_std(socket)?)).expect("it could once");
+        let socket = match first.take() {
+            Some(socket) => socket,
+            None => listen.bind_again().await,
+        };
+        let listener = TcpListener::from_std(socket).expect("a listener");
         let mut away = shared.conduct.subscribe();
         let went_away = away.wait_for(|conduct| conduct.fault == Some(Fault::Away));
         tokio::select! {

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs,
     net::Ipv4Addr,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -335,7 +336,7 @@ fn sync(scales: &[u32], modes: &[Mode]) -> Result<Vec<Value>> {
                 continue;
             }
             // A thread with a network namespace of its own, which goes when the thread ends.
-            let measured = std::thread::spawn(move || sync_of_rules(mode, services)).join();
+            let measured = thread::spawn(move || sync_of_rules(mode, services)).join();
             rows.extend(measured.map_err(|_| anyhow!("the benchmark of {mode:?} panicked"))??);
         }
     }
@@ -424,6 +425,10 @@ fn api(services: u32) -> Result<Value> {
     let elapsed = started.elapsed();
     let pid = cluster.agent_pid(1).context("an agent")?;
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let before = cpu_ms(pid)?;
+    thread::sleep(IDLE);
+    let idle = cpu_ms(pid)? - before;
+    let (sent, lag) = churn(&cluster, &server, services)?;
     let kib = |field: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(field));
         line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok())
@@ -433,7 +438,86 @@ fn api(services: u32) -> Result<Value> {
         "ms": elapsed.as_millis() as u64,
         "peak_mib": kib("VmHWM:").map(|kib| kib / 1024),
         "mib": kib("VmRSS:").map(|kib| kib / 1024),
+        "idle_cpu_ms_in_20_s": idle,
+        "updates_per_s": sent,
+        "behind_ms": lag,
     }))
+}
+
+/// How long nothing happens.
+const IDLE: Duration = Duration::from_secs(20);
+
+/// CPU time that a process has taken, in milliseconds: fields 14 and 15 of proc_pid_stat(5), in ticks of 10 ms.
+fn cpu_ms(pid: u32) -> Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    let ticks = after_name.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok());
+    Ok(ticks.sum::<u64>() * 10)
+}
+
+/// For five seconds one endpoint after the other is replaced, 5 000 times a second; then one more Service. Returns how
+/// many a second it was, and when that Service was served, in milliseconds.
+fn churn(cluster: &Cluster, server: &ApiServer, services: u32) -> Result<(u64, u64)> {
+    let begun = Instant::now();
+    let mut sent = 0;
+    while begun.elapsed() < Duration::from_secs(5) {
+        for _ in 0..50 {
+            let replaced = (sent % 10, 0x0b00_0000 + sent);
+            server.put_value(slice(sent % services, replaced))?;
+            sent += 1;
+        }
+        thread::sleep(
+            (begun + Duration::from_millis(u64::from(sent) / 5)).saturating_duration_since(Instant::now()),
+        );
+    }
+    let per_second = (f64::from(sent) / begun.elapsed().as_secs_f64()) as u64;
+    server.put_value(service(services))?;
+    server.put_value(slice(services, (0, 0x0b00_0000)))?;
+    let last = Instant::now();
+    cluster.wait_for(1, &format!("{}:80/TCP", cluster_ip(services)), 10)?;
+    Ok((per_second, last.elapsed().as_millis() as u64))
+}
+
+fn cluster_ip(number: u32) -> Ipv4Addr {
+    Ipv4Addr::from(0x0a60_0000 + number + 10)
+}
+
+fn service(number: u32) -> Value {
+    let name = format!("service-{number}");
+    json!({
+        "kind": "Service",
+        "metadata": {"name": name, "labels": {"app": name}},
+        "spec": {
+            "clusterIP": cluster_ip(number),
+            "selector": {"app": name},
+            "ports": [{"name": "http", "port": 80, "targetPort": 8080, "protocol": "TCP"}],
+        },
+    })
+}
+
+/// Ten endpoints, one of which has another address.
+fn slice(number: u32, (replaced, by): (u32, u32)) -> Value {
+    let name = format!("service-{number}");
+    let endpoints = (0..10).map(|endpoint| {
+        let own = 0x0a80_0000 + number * 16 + endpoint + 1;
+        json!({
+            "addresses": [Ipv4Addr::from(if endpoint == replaced { by } else { own })],
+            "conditions": {"ready": true, "serving": true, "terminating": false},
+            "nodeName": format!("worker-{}", (number + endpoint) % 1_000),
+            "targetRef": {"kind": "Pod", "namespace": "default", "name": format!("{name}-{endpoint}"), "uid": "11111111-1111-4111-8111-111111111111"},
+            "zone": "a",
+        })
+    });
+    json!({
+        "kind": "EndpointSlice",
+        "metadata": {
+            "name": format!("{name}-abcde"),
+            "labels": {"kubernetes.io/service-name": name, "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io"},
+        },
+        "addressType": "IPv4",
+        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+        "endpoints": endpoints.collect::<Vec<_>>(),
+    })
 }
 
 /// Objects as large as real ones: a slice of 10 endpoints with all that its controller writes.
@@ -451,33 +535,8 @@ fn fill(server: &ApiServer, services: u32) -> Result<()> {
         }))?;
     }
     for number in 0..services {
-        let name = format!("service-{number}");
-        server.put_value(json!({
-            "kind": "Service",
-            "metadata": {"name": name, "labels": {"app": name}},
-            "spec": {
-                "clusterIP": Ipv4Addr::from(0x0a60_0000 + number + 10),
-                "selector": {"app": name},
-                "ports": [{"name": "http", "port": 80, "targetPort": 8080, "protocol": "TCP"}],
-            },
-        }))?;
-        let endpoints = (0..10).map(|endpoint| json!({
-            "addresses": [Ipv4Addr::from(0x0a80_0000 + number * 16 + endpoint + 1)],
-            "conditions": {"ready": true, "serving": true, "terminating": false},
-            "nodeName": format!("worker-{}", (number + endpoint) % 1_000),
-            "targetRef": {"kind": "Pod", "namespace": "default", "name": format!("{name}-{endpoint}"), "uid": "11111111-1111-4111-8111-111111111111"},
-            "zone": "a",
-        }));
-        server.put_value(json!({
-            "kind": "EndpointSlice",
-            "metadata": {
-                "name": format!("{name}-abcde"),
-                "labels": {"kubernetes.io/service-name": name, "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io"},
-            },
-            "addressType": "IPv4",
-            "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
-            "endpoints": endpoints.collect::<Vec<_>>(),
-        }))?;
+        server.put_value(service(number))?;
+        server.put_value(slice(number, (0, 0x0a80_0000 + number * 16 + 1)))?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The cluster that the table is about.
 
-use crate::cluster::{CLIENT, Cluster, Cni, node_ip, node_ip6, pod_ip, pod_ip6};
+use crate::cluster::{CLIENT, Cluster, Cni, node_ip, pod_ip, pod_ip6};
 
 /// Where pods' addresses lie, as `--cluster-cidr` takes it.
 pub const CLUSTER_CIDR: &str = "10.244.0.0/16,fd00:10:244::/48";
@@ -112,15 +112,7 @@ pub fn cluster(cni: Cni, options: &[&str]) -> Cluster {
     for node in ["node1", "node2"] {
         cluster.serve(node, 9000).expect("a server");
     }
-    // Addresses that no node has are routed to node 1.
-    for (family, nets, via) in [
-        ("", ["198.51.100.0/24", "10.96.0.0/16"], node_ip(1)),
-        ("-6 ", ["2001:db8:ffff::/64", "fd00:10:96::/64"], node_ip6(1)),
-    ] {
-        for net in nets {
-            cluster.lab.ip("client", &format!("{family}route add {net} via {via}")).expect("a route");
-        }
-    }
+    cluster.route_services_to_node1().expect("routes");
     cluster.apply_nodes().expect("nodes");
     cluster.apply("services.yaml", &manifests()).expect("services");
     cluster.start_agents(&[1, 2]).expect("agents");
