@@ -42,6 +42,7 @@ pub fn run() -> Result<()> {
     }
     imports(&mut breaches)?;
     maps_are_documented(&mut breaches)?;
+    e2e_tests_exist(&mut breaches)?;
     if !breaches.is_empty() {
         bail!("tidy:\n  {}", breaches.join("\n  "));
     }
@@ -66,6 +67,20 @@ fn imports(breaches: &mut Vec<String>) -> Result<()> {
             if text.lines().any(depends) {
                 breaches.push(format!("{manifest}: must not depend on {name}"));
             }
+        }
+    }
+    Ok(())
+}
+
+/// docs/e2e.md names tests that there are: `file::test`, `file::test/row`, the last of them perhaps cut short by `…`.
+fn e2e_tests_exist(breaches: &mut Vec<String>) -> Result<()> {
+    let text = fs::read_to_string("docs/e2e.md").context("read docs/e2e.md")?;
+    for named in text.split('`').skip(1).step_by(2).filter(|named| named.starts_with("netns_")) {
+        let (file, test) = named.split_once("::").unwrap_or((named, ""));
+        let source = fs::read_to_string(format!("lb-test/tests/{file}.rs")).unwrap_or_default();
+        let known = |part: &str| part.split('…').all(|piece| source.contains(piece));
+        if source.is_empty() || !test.split('/').all(known) {
+            breaches.push(format!("docs/e2e.md: there is no test {named}"));
         }
     }
     Ok(())

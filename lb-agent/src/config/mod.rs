@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use self::{fields::Here, kube_proxy::KubeProxyConfiguration, settings::Settings};
 
@@ -142,6 +142,7 @@ fn explained(here: Here) -> String {
 
 /// Sets conntrack's sysctls of this network namespace, as kube-proxy does. Without conntrack there are none.
 pub fn set_conntrack(sysctls: &[(&'static str, u64)]) {
+    let mut refused = Vec::new();
     for (sysctl, value) in sysctls {
         let path = PathBuf::from("/proc/sys/net/netfilter").join(sysctl);
         let Ok(text) = fs::read_to_string(&path) else {
@@ -153,14 +154,18 @@ pub fn set_conntrack(sysctls: &[(&'static str, u64)]) {
             continue;
         }
         if let Err(error) = fs::write(&path, value.to_string()) {
-            warn!(%error, sysctl = %format!("net.netfilter.{sysctl}"), now, wanted = value, "can't be set");
+            refused.push(format!("net.netfilter.{sysctl}={value} ({error}, is {now})"));
         }
+    }
+    // A container that is not privileged sees them read-only; nothing here depends on them.
+    if !refused.is_empty() {
+        info!(sysctls = refused.join(", "), "left as they are");
     }
 }
 
 /// How the kernel's OOM killer weighs this process.
 pub fn set_oom_score(score: i32) {
     if let Err(error) = fs::write("/proc/self/oom_score_adj", score.to_string()) {
-        warn!(%error, score, "oomScoreAdj can't be set");
+        info!(%error, score, "oomScoreAdj is left as it is: it takes CAP_SYS_RESOURCE");
     }
 }
