@@ -13,6 +13,7 @@ pub mod flows;
 pub mod netns;
 pub mod object;
 pub mod packet;
+pub mod plot;
 pub mod talk;
 
 /// A time limit as this machine needs it: the usual one, times `LB_TEST_SLOW`, which is set where all is slower (the

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs,
     net::Ipv4Addr,
+    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
@@ -37,6 +38,7 @@ use lb_test::{
     netns,
     object::{CLIENT_MAC, NODE_MAC, Node, OTHER_MAC, Run, source_of},
     packet::{Frame, syn, tcp},
+    plot,
 };
 use serde_json::{Value, json};
 
@@ -64,6 +66,15 @@ enum What {
         #[arg(long, value_delimiter = ',', default_values = ["ebpf", "nftables", "iptables", "ipvs"])]
         modes: Vec<Mode>,
     },
+    /// Draw what `sync --json` printed into files as an SVG picture.
+    Plot {
+        /// Those files.
+        #[arg(required = true)]
+        measured: Vec<PathBuf>,
+        /// The picture.
+        #[arg(long, value_name = "FILE")]
+        to: PathBuf,
+    },
     /// An agent that starts at an API server with so many Services of 10 endpoints each, and 1 000 Nodes.
     Api {
         /// How many Services, one measurement each.
@@ -77,6 +88,7 @@ fn main() -> Result<()> {
     let rows = match args.what {
         What::Packet => packet()?,
         What::Sync { services, modes } => sync(&services, &modes)?,
+        What::Plot { measured, to } => return draw(&measured, &to),
         What::Api { services } => services.iter().map(|count| api(*count)).collect::<Result<_>>()?,
     };
     if args.json {
@@ -86,6 +98,16 @@ fn main() -> Result<()> {
         rows.iter().for_each(|row| println!("{}", line(row)));
     }
     Ok(())
+}
+
+fn draw(measured: &[PathBuf], to: &Path) -> Result<()> {
+    let mut rows = Vec::new();
+    for file in measured {
+        let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+        let read: Value = serde_json::from_str(&text).with_context(|| format!("read {}", file.display()))?;
+        rows.extend(read["rows"].as_array().into_iter().flatten().cloned());
+    }
+    plot::sync(&rows, to)
 }
 
 fn line(row: &Value) -> String {
@@ -346,7 +368,7 @@ fn sync(scales: &[u32], modes: &[Mode]) -> Result<Vec<Value>> {
 /// The module is there, or the kernel has it built in.
 fn has_ipvs() -> bool {
     let found = std::process::Command::new("modprobe").args(["-q", "ip_vs"]).status();
-    found.is_ok_and(|status| status.success()) || std::path::Path::new("/proc/net/ip_vs").exists()
+    found.is_ok_and(|status| status.success()) || Path::new("/proc/net/ip_vs").exists()
 }
 
 fn sync_of_rules(mode: Mode, services: u32) -> Result<Vec<Value>> {
