@@ -198,12 +198,9 @@ fn start_source(
 ) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>> {
     match config.source.clone() {
         SourceConfig::Manifests(dir) => Box::pin(Manifests::new(dir).run(reports)),
-        SourceConfig::Kubernetes { kubeconfig, context } => {
+        SourceConfig::Kubernetes(access) => {
             let (node, events) = (config.node_name.clone(), !config.dry_run);
-            Box::pin(start_source_kubernetes(
-                Kubernetes { kubeconfig, context, node, events, notices },
-                reports,
-            ))
+            Box::pin(start_source_kubernetes(Kubernetes { access, node, events, notices }, reports))
         }
     }
 }

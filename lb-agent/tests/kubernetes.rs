@@ -16,7 +16,10 @@ use axum::{
     routing::{get, post},
 };
 use futures::StreamExt as _;
-use lb_agent::source::{About, Notice, Noticed, Notices, Report, Source, kubernetes::Kubernetes};
+use lb_agent::source::{
+    About, Notice, Noticed, Notices, Report, Source,
+    kubernetes::{Access, Kubernetes},
+};
 use lb_core::model::{Event, ObjectName};
 use serde_json::{Value, json};
 use tokio::sync::{broadcast, mpsc, watch};
@@ -207,8 +210,7 @@ fn start(kubeconfig: PathBuf) -> mpsc::Receiver<Report> {
 fn start_with(kubeconfig: PathBuf, notices: mpsc::Receiver<Noticed>) -> mpsc::Receiver<Report> {
     let (sender, reports) = mpsc::channel(64);
     let source = Kubernetes {
-        kubeconfig: Some(kubeconfig),
-        context: None,
+        access: Access { kubeconfig: Some(kubeconfig), ..Access::default() },
         node: "node1".into(),
         events: true,
         notices,

@@ -10,7 +10,7 @@ use std::{
 use lb_test::{
     apiserver::{ApiServer, Blow, Fault, Gone, Kind, TOKEN, Verb},
     cluster::{CLIENT, Cluster, Cni, finish, node_ip, node_manifests, pod_ip},
-    patience,
+    netns, patience,
 };
 use serde_json::{Value, json};
 
@@ -137,7 +137,7 @@ fn get(world: &World, token: &str, path: &str) -> (u16, Vec<Value>) {
     let url = format!("https://{CLIENT}:6443{path}");
     let mut curl = world.cluster.lab.command("node1", "curl");
     curl.args(["-skN", "-m", "20", "-H", &header, "-w", "%{http_code}", &url]);
-    let text = lb_test::netns::output(&mut curl).unwrap();
+    let text = netns::output(&mut curl).unwrap();
     let (body, code) = text.split_at(text.len() - 3);
     let lines = serde_json::Deserializer::from_str(body).into_iter().collect::<Result<_, _>>();
     (code.parse().unwrap(), lines.unwrap())
@@ -518,6 +518,35 @@ fn service_cidrs_may_be_forbidden_or_unknown() {
         world.server.put(&whole(11)).unwrap();
         world.until("a change", |served| served.contains_key(&frontend(11)));
     }
+}
+
+/// The ConfigMap of a cluster made by kubeadm, its kubeconfig put in another place.
+#[test]
+fn kubeadms_configuration_works_unchanged() {
+    let mut world = World::new();
+    world.server.put(&whole(10)).unwrap();
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../lb-agent/tests/config/kubeadm.yaml");
+    world.cluster.agent_options = vec!["--config".into(), file.into()];
+    world.start();
+    assert!(world.serves(10), "{:?}", world.served());
+    let curl = ["-s", "http://127.0.0.1:10249/configz"];
+    let said = netns::output(world.cluster.lab.command("node1", "curl").args(curl)).unwrap();
+    let said: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(said["kubeproxy.config.k8s.io"]["clusterCIDR"], "10.244.0.0/16");
+}
+
+#[test]
+fn master_goes_before_the_kubeconfigs_address() {
+    let mut world = World::new();
+    world.server.put(&whole(10)).unwrap();
+    let kubeconfig = world.cluster.kubeconfig.clone().expect("a kubeconfig");
+    let server = format!("https://{CLIENT}:6443");
+    let text = fs::read_to_string(&kubeconfig).unwrap();
+    assert!(text.contains(&server), "{text}");
+    fs::write(&kubeconfig, text.replace(&server, "https://192.0.2.77:1")).unwrap();
+    world.cluster.agent_options = vec!["--master".into(), server];
+    world.start();
+    assert!(world.serves(10), "{:?}", world.served());
 }
 
 #[test]

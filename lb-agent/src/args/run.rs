@@ -26,6 +26,7 @@ use crate::{
     },
     drift,
     probe::{self, Facts},
+    source::kubernetes::Access,
     trace,
 };
 
@@ -102,6 +103,9 @@ pub struct RunArgs {
 #[derive(ClapArgs, Clone, Debug)]
 #[command(next_help_heading = "Options of kube-proxy")]
 struct KubeProxyArgs {
+    /// The API server's address, whatever the kubeconfig says.
+    #[arg(long, value_name = "URL")]
+    master: Option<String>,
     /// Where /healthz and /livez are served; with --dry-run 127.0.0.1:10356 [default: 0.0.0.0:10256].
     #[arg(long, value_name = "IP[:PORT]")]
     healthz_bind_address: Option<String>,
@@ -274,20 +278,15 @@ pub enum SourceConfig {
     /// A folder.
     Manifests(PathBuf),
     /// An API server.
-    Kubernetes {
-        /// Kubeconfig file.
-        kubeconfig: Option<PathBuf>,
-        /// Its context.
-        context: Option<String>,
-    },
+    Kubernetes(Access),
 }
 
 impl SourceConfig {
     /// A folder if one is given, else an API server.
-    pub fn new(manifests: Option<PathBuf>, kubeconfig: Option<PathBuf>, context: Option<String>) -> Self {
+    pub fn new(manifests: Option<PathBuf>, access: Access) -> Self {
         match manifests {
             Some(dir) => Self::Manifests(dir),
-            None => Self::Kubernetes { kubeconfig, context },
+            None => Self::Kubernetes(access),
         }
     }
 }
@@ -411,8 +410,11 @@ impl RunArgs {
             bpf_root: bpf_root.to_owned(),
             source: SourceConfig::new(
                 self.manifests.clone(),
-                settings.kubeconfig.clone(),
-                self.context.clone(),
+                Access {
+                    kubeconfig: settings.kubeconfig.clone(),
+                    context: self.context.clone(),
+                    master: self.kube_proxy.master.clone(),
+                },
             ),
             cgroup_root,
             mode,

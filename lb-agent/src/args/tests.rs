@@ -63,6 +63,7 @@ fn kube_proxys_command_line_is_understood() {
         "--feature-gates=A=true",
         "--profiling",
         "-v=5",
+        "--master=https://192.0.2.1:6443",
     ]);
     assert_eq!(options.without_meaning(), ["--feature-gates", "--profiling"]);
     let config = options.resolve(&File::default(), Path::new("/sys/fs/bpf/lb")).unwrap();

@@ -16,7 +16,11 @@ use crate::{
     args::{DiffArgs, Mode, SourceConfig, node_name},
     datapath::ebpf::maps::Pins,
     netlink::{DeviceChoice, Netlink},
-    source::{Notices, Report, Source, kubernetes::Kubernetes, manifests::Manifests},
+    source::{
+        Notices, Report, Source,
+        kubernetes::{Access, Kubernetes},
+        manifests::Manifests,
+    },
 };
 
 /// Prints the differences, and says whether there are any.
@@ -40,7 +44,8 @@ pub fn diff(options: DiffArgs, pins: &Pins) -> Result<bool> {
         let netlink = Netlink::connect(DeviceChoice { external: None, pods: None })?;
         anyhow::Ok(netlink.read().await?.addresses)
     })?;
-    let source = SourceConfig::new(options.manifests, options.kubeconfig, options.context);
+    let access = Access { kubeconfig: options.kubeconfig, context: options.context, master: None };
+    let source = SourceConfig::new(options.manifests, access);
     let (events, mut warnings) = runtime.block_on(objects(source, &name))?;
     let view = NodeView { name: name.as_str().into(), addresses, zone: None, ..NodeView::default() };
     let settings = options.policy.settings()?;
@@ -73,16 +78,16 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// All objects that there are now.
 async fn objects(source: SourceConfig, node: &str) -> Result<(Vec<Event>, Vec<Warning>)> {
-    let (kubeconfig, context) = match source {
+    let access = match source {
         SourceConfig::Manifests(dir) => {
             let (events, warnings) = Manifests::new(dir).scan()?;
             return Ok((events, warnings.into_iter().flat_map(|(_, warnings)| warnings).collect()));
         }
-        SourceConfig::Kubernetes { kubeconfig, context } => (kubeconfig, context),
+        SourceConfig::Kubernetes(access) => access,
     };
     let (sender, mut reports) = mpsc::channel(256);
     let (_, notices) = Notices::channel();
-    let kubernetes = Kubernetes { kubeconfig, context, node: node.into(), events: false, notices };
+    let kubernetes = Kubernetes { access, node: node.into(), events: false, notices };
     let mut source = tokio::spawn(kubernetes.run(sender));
     let (mut events, mut warnings) = (Vec::new(), Vec::new());
     let patience = tokio::time::sleep(PATIENCE);

@@ -27,12 +27,21 @@ use super::{
 };
 use crate::convert;
 
-/// The API server to watch.
-pub struct Kubernetes {
+/// The way to an API server.
+#[derive(Clone, Debug, Default)]
+pub struct Access {
     /// A kubeconfig file; else `$KUBECONFIG`, `~/.kube/config` or the pod's own service account.
     pub kubeconfig: Option<PathBuf>,
     /// A context of it.
     pub context: Option<String>,
+    /// Its address, whatever the kubeconfig says.
+    pub master: Option<String>,
+}
+
+/// The API server to watch.
+pub struct Kubernetes {
+    /// The way to it.
+    pub access: Access,
     /// This node's name, for Events.
     pub node: Arc<str>,
     /// What is wrong with an object is put on it as an Event, too.
@@ -43,8 +52,9 @@ pub struct Kubernetes {
 
 impl Kubernetes {
     async fn client(&self) -> Result<Client> {
-        let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
-        let mut config = match &self.kubeconfig {
+        let Access { kubeconfig, context, master } = &self.access;
+        let options = KubeConfigOptions { context: context.clone(), ..KubeConfigOptions::default() };
+        let mut config = match kubeconfig {
             Some(path) => {
                 let kubeconfig =
                     Kubeconfig::read_from(path).with_context(|| format!("read kubeconfig {}", path.display()))?;
@@ -54,6 +64,9 @@ impl Kubernetes {
                 "find an API server: neither a kubeconfig nor a service account; give --kubeconfig or --manifests",
             )?,
         };
+        if let Some(master) = master {
+            config.cluster_url = master.parse().with_context(|| format!("--master {master}"))?;
+        }
         // The watches try again themselves, and say so.
         config.default_retry = false;
         let builder = ClientBuilder::try_from(config).context("make an API client")?;
