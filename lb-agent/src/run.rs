@@ -70,11 +70,22 @@ const QUEUE: usize = 256;
 pub async fn run(options: RunArgs, mut file: File, bpf_root: PathBuf) -> Result<()> {
     let health = Arc::new(Health::default());
     let mut config = options.resolve(&file, &bpf_root)?;
+    let mut last = None;
     loop {
         health.set_configz(serde_json::to_value(options.configuration(&file))?);
-        match serve(&config, &options, &file, health.clone()).await? {
-            Ended::Stopped => return Ok(()),
-            Ended::Reconfigured(changed) => (config, file) = *changed,
+        match serve(&config, &options, &file, health.clone(), &mut last).await {
+            Ok(Ended::Stopped) => return Ok(()),
+            Ok(Ended::Reconfigured(changed)) => {
+                let (new, read) = *changed;
+                last = Some(std::mem::replace(&mut config, new));
+                file = read;
+            }
+            Err(error) => {
+                let Some(before) = last.take() else { return Err(error) };
+                // Asked for, but not to be had here: the file has to change again.
+                warn!(problem = %format!("{error:#}"), "the configuration can't be used; the last one holds");
+                config = before;
+            }
         }
     }
 }
@@ -87,7 +98,14 @@ enum Ended {
     Reconfigured(Box<(Config, File)>),
 }
 
-async fn serve(config: &Config, options: &RunArgs, file: &File, health: Arc<Health>) -> Result<Ended> {
+/// Serves with a configuration; once it has begun, `last` is not needed any more.
+async fn serve(
+    config: &Config,
+    options: &RunArgs,
+    file: &File,
+    health: Arc<Health>,
+    last: &mut Option<Config>,
+) -> Result<Ended> {
     let pins = Pins::new(&config.bpf_root);
     let mut netlink = Netlink::connect(config.settings.devices.clone())?;
     let network = netlink.read().await?;
@@ -123,6 +141,7 @@ async fn serve(config: &Config, options: &RunArgs, file: &File, health: Arc<Heal
     let (reports, mut reported) = mpsc::channel(QUEUE);
     let mut source = tokio::spawn(start_source(config, reports, noticed));
     let servers = serve::start(config, health.clone(), pins.clone(), notices).await?;
+    *last = None;
     let mut configuration = Watched::new(options, file, &config.bpf_root);
     let mut stop = Stop::new()?;
     let mut addresses = network.addresses;

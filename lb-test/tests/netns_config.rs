@@ -51,14 +51,23 @@ const LIMIT: Duration = Duration::from_secs(20);
 #[test]
 fn a_changed_file_takes_effect_without_a_restart() {
     let cluster = cluster(Cni::Routed, "mode: iptables\nclusterCIDR: 10.244.0.0/16");
-    let load = ["load", "10.96.0.10:80", "--connections", "10", "--udp", "0", "--secs", "15"];
+    let load = ["load", "10.96.0.10:80", "--connections", "10", "--udp", "0", "--secs", "20"];
     let running = cluster.spawn("pod12", None, &load).unwrap();
     let nat = || on_node1(&cluster, "iptables-save -t nat");
     let only_others = "! -s 10.244.0.0/16 -d 10.96.0.10/32";
     assert!(nat().contains(only_others), "{}", nat());
 
     write(&cluster, "mode: iptables\nclusterCIDR: 10.244.0.0/16\niptables: {masqueradeAll: true}");
-    until("all is masqueraded", LIMIT, || nat().contains("KUBE-MARK-MASQ") && !nat().contains(only_others));
+    // Also in a cluster that is never at rest.
+    let mut turns = 0;
+    until("all is masqueraded", LIMIT, || {
+        turns += 1;
+        let other = format!(
+            "kind: Service\nmetadata: {{name: other}}\nspec: {{clusterIP: 10.96.1.{turns}, ports: [{{port: 80}}]}}\n"
+        );
+        cluster.apply("other.yaml", &other).unwrap();
+        nat().contains("KUBE-MARK-MASQ") && !nat().contains(only_others)
+    });
 
     // What can't be used changes nothing.
     write(&cluster, "mode: kernelspace");
@@ -68,6 +77,17 @@ fn a_changed_file_takes_effect_without_a_restart() {
     assert!(
         nat().contains("KUBE-MARK-MASQ") && cluster.tcp("pod12", None, "10.96.0.10:80").unwrap().id.is_some()
     );
+
+    // Nor does what can't be begun with: no device has that address.
+    write(&cluster, "mode: iptables\nclusterCIDR: 10.244.0.0/16\nhealthzBindAddress: 203.0.113.1");
+    until("the last configuration holds", LIMIT, || {
+        log().matches("the last one holds").count() == 2 && log().contains("listen on 203.0.113.1:10256")
+    });
+    let healthz = ["-sf", "http://127.0.0.1:10256/healthz"];
+    until("it does as before", LIMIT, || {
+        netns::output(cluster.lab.command("node1", "curl").args(healthz)).is_ok()
+            && cluster.tcp("pod12", None, "10.96.0.10:80").unwrap().id.is_some()
+    });
 
     write(&cluster, "mode: nftables\nclusterCIDR: 10.244.0.0/16\nconntrack: {tcpCloseWaitTimeout: 77s}");
     until("nftables serves in place of iptables", LIMIT, || {
@@ -81,7 +101,7 @@ fn a_changed_file_takes_effect_without_a_restart() {
         cluster.agent(1, &["service", "list"]).is_ok_and(|services| services.contains("10.96.0.10:80/TCP"))
     });
     // The same processes all the while, and no connection was cut.
-    assert_eq!(log().matches("a new configuration").count(), 3, "{}", log());
+    assert_eq!(log().matches("a new configuration").count(), 4, "{}", log());
     assert!(!log().contains("stopping"));
     let report: serde_json::Value = serde_json::from_str(&finish(running).unwrap()).unwrap();
     for failure in ["resets", "timeouts", "wrong"] {

@@ -6,7 +6,10 @@ use std::{
 };
 
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
-use tokio::sync::mpsc;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until},
+};
 use tracing::{debug, info, warn};
 
 use super::File;
@@ -29,6 +32,8 @@ pub struct Watched<'a> {
     path: Option<&'a PathBuf>,
     news: mpsc::Receiver<()>,
     _watcher: Option<RecommendedWatcher>,
+    /// When it is looked at; kept here, for a wait may be given up for something else at any time.
+    due: Instant,
     /// What was last told to be wrong with it.
     told: String,
 }
@@ -54,7 +59,16 @@ impl<'a> Watched<'a> {
         if path.is_some() && watcher.is_none() {
             debug!("no news of the configuration file's folder: it is read every {} s", POLL.as_secs());
         }
-        Self { options, file, bpf_root, path, news, _watcher: watcher, told: String::new() }
+        Self {
+            options,
+            file,
+            bpf_root,
+            path,
+            news,
+            _watcher: watcher,
+            due: Instant::now() + POLL,
+            told: String::new(),
+        }
     }
 
     /// Waits until the file says something else that the agent can do.
@@ -62,29 +76,43 @@ impl<'a> Watched<'a> {
         let Some(path) = self.path else { return std::future::pending().await };
         loop {
             tokio::select! {
-                Some(()) = self.news.recv() => tokio::time::sleep(SETTLE).await,
-                () = tokio::time::sleep(POLL) => {}
-            }
-            let read = File::read(path).and_then(|file| {
-                let differences = self.file.differences(&file);
-                let config = self.options.resolve(&file, self.bpf_root)?;
-                Ok((differences, config, file))
-            });
-            match read {
-                Ok((differences, ..)) if differences.is_empty() => self.told.clear(),
-                Ok((differences, config, file)) => {
-                    info!(file = %path.display(), changed = differences.join(", "), "a new configuration; the kernel goes on serving");
-                    file.warn(path);
-                    return (config, file);
-                }
-                Err(error) => {
-                    let problem = format!("{error:#}");
-                    if problem != self.told {
-                        warn!(problem, "the configuration can't be used; the last one holds");
-                        self.told = problem;
+                Some(()) = self.news.recv() => self.due = self.due.min(Instant::now() + SETTLE),
+                () = sleep_until(self.due) => {
+                    self.due = Instant::now() + POLL;
+                    if let Some(changed) = self.look(path) {
+                        return changed;
                     }
                 }
             }
         }
+    }
+
+    /// What the file says, if that is something else that the agent can do.
+    fn look(&mut self, path: &Path) -> Option<(Config, File)> {
+        let read = File::read(path).and_then(|file| {
+            let differences = self.file.differences(&file);
+            if differences.is_empty() {
+                return Ok(None);
+            }
+            // Only now: to find the mode `auto` means a try of each.
+            let config = self.options.resolve(&file, self.bpf_root)?;
+            Ok(Some((differences, config, file)))
+        });
+        match read {
+            Ok(None) => self.told.clear(),
+            Ok(Some((differences, config, file))) => {
+                info!(file = %path.display(), changed = differences.join(", "), "a new configuration; the kernel goes on serving");
+                file.warn(path);
+                return Some((config, file));
+            }
+            Err(error) => {
+                let problem = format!("{error:#}");
+                if problem != self.told {
+                    warn!(problem, "the configuration can't be used; the last one holds");
+                    self.told = problem;
+                }
+            }
+        }
+        None
     }
 }
