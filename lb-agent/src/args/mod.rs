@@ -290,7 +290,7 @@ pub fn command_line(typed: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let name = words.first().and_then(|program| Path::new(program).file_name());
     let is_option = words.get(1).is_none_or(|word| word.to_string_lossy().starts_with('-'));
     if name.is_some_and(|name| name == "kube-proxy") && is_option {
-        words.insert(1, "run".into());
+        words.splice(1..1, ["run", "--in-kube-proxys-place"].map(OsString::from));
     }
     words
 }

@@ -176,6 +176,9 @@ struct KubeProxyArgs {
     /// Write the configuration that results from --config and the options into this file and end.
     #[arg(long, value_name = "FILE")]
     pub(super) write_config_to: Option<PathBuf>,
+    /// The program was called kube-proxy: as that does with what its other modes left, what it left itself is removed.
+    #[arg(long, hide = true)]
+    in_kube_proxys_place: bool,
     #[command(flatten)]
     without_meaning: WithoutMeaning,
 }
@@ -373,6 +376,9 @@ impl RunArgs {
         put(&mut to.lb.xdp_mode, self.xdp_mode.and_then(typed));
         put(&mut to.lb.tc_mode, self.tc_mode.and_then(typed));
         put(&mut to.lb.replace_kube_proxy, self.replace_kube_proxy);
+        if self.kube_proxy.in_kube_proxys_place {
+            to.lb.replace_kube_proxy.get_or_insert(true);
+        }
         put(&mut to.lb.on_backend_gone, self.on_backend_gone.and_then(typed));
         put(&mut to.lb.flows_max, self.flows_max);
         put(&mut to.lb.min_sync_period, self.min_sync_period);

@@ -69,6 +69,17 @@ fn kube_proxys_command_line_is_understood() {
     let config = options.resolve(&File::default(), Path::new("/sys/fs/bpf/lb")).unwrap();
     assert_eq!((config.mode, &*config.node_name), (Mode::Iptables, "node-1"));
     assert_eq!(config.compile.node_port_addresses.len(), 2);
+    // Whoever called it that has no use for what kube-proxy left, unless they say so.
+    assert!(
+        config.replace_kube_proxy
+            && !run(&["lb-agent", "run"])
+                .configuration(&File::default())
+                .lb
+                .replace_kube_proxy
+                .unwrap_or(false)
+    );
+    let kept = run(&["kube-proxy", "--replace-kube-proxy=false"]);
+    assert_eq!(kept.configuration(&File::default()).lb.replace_kube_proxy, Some(false));
     assert!(config.settings.conntrack.contains(&("nf_conntrack_tcp_timeout_established", 8520)));
     assert!(config.settings.conntrack.iter().all(|(sysctl, _)| *sysctl != "nf_conntrack_max"));
     // A subcommand of ours still works under that name.
