@@ -8,7 +8,7 @@ use std::{
     net::IpAddr,
     os::fd::AsRawFd,
     path::PathBuf,
-    sync::{Arc, mpsc as std_mpsc},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as std_mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -33,9 +33,10 @@ use crate::{
         ebpf::{
             apply::EbpfDatapath,
             attach::Attacher,
-            load::Programs,
-            maps::{NodeMaps, Pins, set_first},
-            objects,
+            grow::Growth,
+            load::{Generation, Loader},
+            maps::{NodeMaps, Pins},
+            sizes::{self, Capacity},
         },
         iptables::IptablesDatapath,
         ipvs::IpvsDatapath,
@@ -48,7 +49,6 @@ use crate::{
     retire::Retire,
     serve::{self, Health},
     source::{About, Notice, Noticed, Notices, Report, Source, kubernetes::Kubernetes, manifests::Manifests},
-    trace::DecisionLog,
 };
 
 /// What the programming thread is told.
@@ -121,7 +121,7 @@ async fn serve(
     health.start(config.node_name.clone(), config.mode, config.sync_period);
     let (notices, noticed) = Notices::channel();
     let (inputs, thread_inputs) = std_mpsc::channel();
-    let datapath = open_datapath(config, &config.rules, &health)?;
+    let datapath = open_datapath(config, &config.rules, &health, host.as_ref().map(Host::growth))?;
     warn_of_forwarding();
     if !config.dry_run {
         config::set_conntrack(&config.settings.conntrack);
@@ -168,7 +168,7 @@ async fn serve(
                 if let Some(host) = &mut host {
                     host.take_new_flows()?;
                 }
-                if host.as_mut().is_some_and(|host| host.attacher.retire_others()) {
+                if host.as_mut().is_some_and(|host| host.attacher().retire_others()) {
                     match netlink.read().await {
                         Ok(network) => follow(&mut host, &network)?,
                         Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; some hooks stay empty"),
@@ -195,11 +195,18 @@ fn open_datapath(
     config: &Config,
     rules: &rules::iptables::Config,
     health: &Arc<Health>,
+    growth: Option<Growth>,
 ) -> Result<Box<dyn Datapath>> {
     let pins = Pins::new(&config.bpf_root);
     Ok(match config.mode {
         _ if config.dry_run => Box::new(DryRun::open(config, rules, &pins, health.clone())?),
-        Mode::Ebpf => Box::new(EbpfDatapath::open(&pins)?),
+        Mode::Ebpf => {
+            let datapath = EbpfDatapath::open(&pins)?;
+            Box::new(match growth {
+                Some(growth) => datapath.growing(growth),
+                None => datapath,
+            })
+        }
         Mode::Nftables => Box::new(NftablesDatapath::open(rules)?),
         Mode::Iptables => Box::new(IptablesDatapath::open(rules.clone())?),
         Mode::Ipvs => Box::new(IpvsDatapath::open(rules.clone(), config.ipvs)?),
@@ -246,22 +253,23 @@ impl Stop {
 
 /// The node's side of the datapath: programs on devices, and what they know of the node.
 struct Host {
-    attacher: Attacher,
+    loader: Loader,
+    /// The programming thread puts others in if its maps grow.
+    attacher: Arc<Mutex<Attacher>>,
+    map_entries_max: u32,
     maps: NodeMaps,
     node: NodeConfig,
 }
 
 impl Host {
     fn start(config: &Config, pins: &Pins) -> Result<Self> {
-        let objects = match config.trace {
-            Some(_) => objects::TRACE,
-            None => objects::NORMAL,
-        };
-        objects.check()?;
-        let mut programs = Programs::load(pins, &objects, config.settings.sizes)?;
+        let flows = config.settings.flows_max.unwrap_or_else(default_flows);
+        let mut loader = Loader::new(pins, flows);
         if let Some(filter) = config.trace {
-            start_trace(&mut programs, filter)?;
+            loader = loader.tracing(filter);
         }
+        let map_entries_max = config.settings.map_entries_max;
+        let programs = loader.load(Capacity::LEAST.at_most(map_entries_max), Generation::Present)?;
         let maps = NodeMaps::open(pins)?;
         let before = maps.node()?;
         let (snat_port_first, snat_port_count) = netlink::snat_ports(netlink::ephemeral_ports());
@@ -285,7 +293,16 @@ impl Host {
                 warn!(reason, "no socket hooks: pods are served at their veths, host processes are not");
             }
         }
-        Ok(Self { attacher, maps, node })
+        Ok(Self { loader, attacher: Arc::new(Mutex::new(attacher)), map_entries_max, maps, node })
+    }
+
+    fn attacher(&self) -> MutexGuard<'_, Attacher> {
+        self.attacher.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the datapath's maps grow.
+    fn growth(&self) -> Growth {
+        Growth::new(self.loader.clone(), self.attacher.clone(), self.map_entries_max)
     }
 
     /// The maps hold the whole cluster: programs that left new flows to another mode take them again.
@@ -299,12 +316,13 @@ impl Host {
 
     /// Attaches to what is there now and tells the programs.
     fn follow(&mut self, network: &HostNetwork) -> Result<()> {
-        self.attacher.sync(&network.devices);
+        let mut attacher = self.attacher();
+        attacher.sync(&network.devices);
         let devices: Vec<(u32, DeviceValue)> = network
             .devices
             .iter()
             .map(|device| {
-                let target = self.attacher.xdp_targets().contains(&device.ifindex);
+                let target = attacher.xdp_targets().contains(&device.ifindex);
                 let value = DeviceValue {
                     flags: if target { device_flags::XDP_TARGET } else { 0 },
                     addr4: device.addr4.map(|addr| addr.octets()).unwrap_or_default(),
@@ -313,6 +331,7 @@ impl Host {
                 (device.ifindex, value)
             })
             .collect();
+        drop(attacher);
         self.maps.set_devices(&devices)?;
         self.node.routing_generation = self.node.routing_generation.wrapping_add(1);
         self.node.addr4 = network.main4.map(|addr| addr.octets()).unwrap_or_default();
@@ -328,25 +347,13 @@ fn warn_of_forwarding() {
     }
 }
 
-/// How often the ring of decisions is read.
-const TRACE_POLL: Duration = Duration::from_millis(20);
-
-fn start_trace(programs: &mut Programs, filter: lb_common::abi::TraceFilter) -> Result<()> {
-    for (name, ebpf) in programs.objects() {
-        set_first(ebpf, "TRACE", filter)?;
-        if name == "sock" {
-            continue;
-        }
-        let mut logger = aya_log::EbpfLogger::init_with_logger(ebpf, DecisionLog)
-            .with_context(|| format!("read the log of {name}.o"))?;
-        tokio::spawn(async move {
-            loop {
-                logger.flush();
-                tokio::time::sleep(TRACE_POLL).await;
-            }
-        });
-    }
-    Ok(())
+/// Entries of flow tables as they suit this node.
+fn default_flows() -> u32 {
+    let cpus =
+        thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX));
+    // SAFETY: it only asks; an unknown answer is -1.
+    let (pages, page) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    sizes::flows(cpus, u64::try_from(pages).unwrap_or(0) * u64::try_from(page).unwrap_or(0))
 }
 
 /// The cookie of this process's network namespace (`SO_NETNS_COOKIE`).
@@ -563,7 +570,7 @@ impl Worker {
                 warn!(node = %by.config.node_name, "its Node has no podCIDRs, by which detectLocalMode NodeCIDR would tell pods: nobody is masqueraded on the way to ClusterIPs");
             }
             let rules = by.config.settings.rules_of(by.config.mode, &cidrs);
-            self.datapath = open_datapath(&by.config, &rules, &self.health)?;
+            self.datapath = open_datapath(&by.config, &rules, &self.health, None)?;
             by.known = Some(cidrs);
             self.pending = Changes::all(self.compiler.table());
         }

@@ -40,6 +40,11 @@ impl IdPool {
         true
     }
 
+    /// Ids up to a higher limit.
+    pub fn extend(&mut self, limit: u32) {
+        self.limit = self.limit.max(limit);
+    }
+
     /// Gives an id back.
     pub fn release(&mut self, id: u32) {
         self.free.insert(id);
@@ -49,6 +54,7 @@ impl IdPool {
 /// Hands out runs of consecutive places, first fit.
 #[derive(Clone, Debug)]
 pub struct RangePool {
+    len: u32,
     /// Free runs: first place → length. Neighbours are merged.
     free: BTreeMap<u32, u32>,
 }
@@ -56,7 +62,7 @@ pub struct RangePool {
 impl RangePool {
     /// Places `0..len`.
     pub fn new(len: u32) -> Self {
-        Self { free: BTreeMap::from([(0, len)]) }
+        Self { len, free: BTreeMap::from([(0, len)]) }
     }
 
     /// A run of `count` places (at least one), or `None` if no free run is long enough.
@@ -87,6 +93,14 @@ impl RangePool {
             self.free.insert(first + count, start + len - first - count);
         }
         true
+    }
+
+    /// More places behind the last.
+    pub fn extend(&mut self, len: u32) {
+        if len > self.len {
+            self.release(self.len, len - self.len);
+            self.len = len;
+        }
     }
 
     /// Gives a run back.
@@ -124,6 +138,15 @@ mod tests {
         assert!(!pool.reserve(3));
         assert_eq!([pool.take(), pool.take(), pool.take()], [Some(1), Some(2), Some(4)]);
         assert!(!pool.reserve(10), "out of range");
+    }
+
+    #[test]
+    fn pools_grow_behind_their_end() {
+        let (mut ids, mut runs) = (IdPool::new(2), RangePool::new(4));
+        assert_eq!((ids.take(), ids.take(), runs.take(3), runs.take(2)), (Some(1), None, Some(0), None));
+        ids.extend(3);
+        runs.extend(6);
+        assert_eq!((ids.take(), ids.take(), runs.take(3), runs.take(1)), (Some(2), None, Some(3), None));
     }
 
     #[test]

@@ -159,6 +159,8 @@ pub struct Backend {
 /// One service port with its backends. Lists are sorted by address and port and free of duplicates.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ServiceEntry {
+    /// `creationTimestamp` of the Service, seconds since 1970: where there is no room for all, the oldest are served.
+    pub created_unix_secs: i64,
     /// ClientIP affinity timeout in seconds.
     pub affinity_secs: Option<u32>,
     /// TCP port on which this node tells load balancers of the Service's local endpoints; 0 for none.

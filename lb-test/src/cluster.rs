@@ -418,6 +418,19 @@ pub fn finish(mut child: Child) -> Result<String> {
     Ok(out)
 }
 
+/// Ends a load whose work is done and returns its report; fails if it had ended before.
+pub fn end_load(mut load: Child) -> Result<serde_json::Value> {
+    if let Some(status) = load.try_wait()? {
+        bail!(
+            "the load ended too early, with {status}: {}",
+            finish(load).unwrap_or_else(|error| error.to_string())
+        );
+    }
+    // SAFETY: a plain system call; the child has not been waited for.
+    unsafe { libc::kill(load.id() as i32, libc::SIGTERM) };
+    Ok(serde_json::from_str(&finish(load)?)?)
+}
+
 /// A binary built beside the running one.
 pub fn program(name: &str) -> String {
     let me = std::env::current_exe().expect("a running program has a path");

@@ -13,9 +13,9 @@ use lb_agent::datapath::{
     Datapath,
     ebpf::{
         apply::EbpfDatapath,
-        load::{Programs, Sizes},
+        load::{Generation, Loader, Programs},
         maps::{NodeMaps, Pins, metrics},
-        objects,
+        sizes::Capacity,
     },
 };
 use lb_common::{
@@ -99,6 +99,10 @@ pub struct Ran {
     pub counted: Vec<(Hook, Outcome, u64)>,
 }
 
+/// Room for the largest cluster of the benchmarks.
+const CAPACITY: Capacity =
+    Capacity { slots: 1 << 20, backends: [1 << 18; 2], frontends: [1 << 16; 2], source_ranges: [1 << 14; 2] };
+
 /// A node with the programs loaded and nothing attached.
 pub struct Node {
     _lab: Lab,
@@ -142,8 +146,7 @@ impl Node {
         // SAFETY: a NUL-terminated name.
         let eth0 = unsafe { libc::if_nametoindex(c"eth0".as_ptr()) };
         let pins = Pins::new(&lab.bpf_root("node"));
-        objects::NORMAL.check()?;
-        let programs = Programs::load(&pins, &objects::NORMAL, Sizes { flows: 262_144 })?;
+        let programs = Loader::new(&pins, 262_144).load(CAPACITY, Generation::Present)?;
         let datapath = EbpfDatapath::open(&pins)?;
         let mut maps = NodeMaps::open(&pins)?;
         let addr4 = [192, 0, 2, 11];

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use lb_test::{
-    cluster::{Cluster, Cni, finish, node_ip, pod_ip},
+    cluster::{Cluster, Cni, end_load, node_ip, pod_ip},
     netns, until,
 };
 
@@ -51,7 +51,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 #[test]
 fn a_changed_file_takes_effect_without_a_restart() {
     let cluster = cluster(Cni::Routed, "mode: iptables\nclusterCIDR: 10.244.0.0/16");
-    let load = ["load", "10.96.0.10:80", "--connections", "10", "--udp", "0", "--secs", "20"];
+    let load = ["load", "10.96.0.10:80", "--connections", "10", "--udp", "0", "--secs", "300"];
     let running = cluster.spawn("pod12", None, &load).unwrap();
     let nat = || on_node1(&cluster, "iptables-save -t nat");
     let only_others = "! -s 10.244.0.0/16 -d 10.96.0.10/32";
@@ -103,7 +103,7 @@ fn a_changed_file_takes_effect_without_a_restart() {
     // The same processes all the while, and no connection was cut.
     assert_eq!(log().matches("a new configuration").count(), 4, "{}", log());
     assert!(!log().contains("stopping"));
-    let report: serde_json::Value = serde_json::from_str(&finish(running).unwrap()).unwrap();
+    let report = end_load(running).unwrap();
     for failure in ["resets", "timeouts", "wrong"] {
         assert_eq!(report[failure], 0, "{report}");
     }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use lb_test::{
-    cluster::{CLIENT, Cluster, finish, node_ip, pod_ip},
+    cluster::{CLIENT, Cluster, end_load, node_ip, pod_ip},
     e2e::{HTTP, INSIDE, answers, cluster, expect, http, nodes, on, service, slices},
     netns, until,
 };
@@ -611,7 +611,7 @@ fn should_not_have_connectivity_disruption_during_rolling_update(cluster: &mut C
             if policy == "Local" { &["pod11"] } else { &["pod11", "pod21"] },
         );
         let loads = targets.each_ref().map(|target| {
-            let load = ["load", target, "--connections", "10", "--udp", "0", "--secs", "8"];
+            let load = ["load", target, "--connections", "10", "--udp", "0", "--secs", "300"];
             cluster.spawn("client", None, &load).unwrap()
         });
         let terminating = |pod: &str| format!("{pod} {TERMINATING}");
@@ -625,7 +625,7 @@ fn should_not_have_connectivity_disruption_during_rolling_update(cluster: &mut C
             web(&endpoints.iter().map(String::as_str).collect::<Vec<_>>());
         }
         for load in loads {
-            let report: serde_json::Value = serde_json::from_str(&finish(load).unwrap()).unwrap();
+            let report = end_load(load).unwrap();
             // Servers don't end here: whoever was connected stays so.
             for failure in ["resets", "timeouts", "wrong"] {
                 assert_eq!(report[failure], 0, "{policy}: {report}");

@@ -72,13 +72,13 @@ fn clients_with_affinity_keep_their_backend() {
 #[test]
 fn restarts_break_nothing() {
     let mut cluster = cluster(Cni::Bridge, &[]);
-    let load = ["load", "198.51.100.10:80", "--connections", "200", "--udp", "20", "--secs", "25"];
+    let load = ["load", "198.51.100.10:80", "--connections", "200", "--udp", "20", "--secs", "300"];
     let outside = cluster.spawn("client", None, &load).unwrap();
     let inside = cluster
         .spawn(
             "pod12",
             Some(1),
-            &["load", "10.96.0.10:80", "--connections", "50", "--udp", "10", "--secs", "25"],
+            &["load", "10.96.0.10:80", "--connections", "50", "--udp", "10", "--secs", "300"],
         )
         .unwrap();
     std::thread::sleep(std::time::Duration::from_secs(1));
@@ -88,8 +88,7 @@ fn restarts_break_nothing() {
         cluster.start_agent(1).unwrap();
     }
     for child in [outside, inside] {
-        let report: serde_json::Value =
-            serde_json::from_str(&lb_test::cluster::finish(child).unwrap()).unwrap();
+        let report = lb_test::cluster::end_load(child).unwrap();
         println!("{report}");
         for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
             assert_eq!(report[failure], 0, "{report}");

@@ -3,11 +3,11 @@
 use std::{
     io::{BufRead, BufReader, Write},
     net::TcpListener,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use lb_test::{
-    cluster::{Cluster, Cni, finish, node_ip, node_ip6, pod_ip, pod_ip6},
+    cluster::{Cluster, Cni, end_load, finish, node_ip, node_ip6, pod_ip, pod_ip6},
     netns, until,
 };
 
@@ -74,10 +74,9 @@ fn connections_outlive_every_change_of_mode() {
     ];
     let running = loads.clone().map(|(from, served, target)| {
         let load =
-            ["load", &target, "--connections", "40", "--udp", "4", "--udp-streams", "6", "--secs", "60"];
+            ["load", &target, "--connections", "40", "--udp", "4", "--udp-streams", "6", "--secs", "300"];
         cluster.spawn(from, served, &load).unwrap()
     });
-    let begun = Instant::now();
     for options in [EBPF, NFTABLES, EBPF, IPTABLES] {
         std::thread::sleep(Duration::from_secs(2));
         change_mode(&mut cluster, options);
@@ -87,9 +86,8 @@ fn connections_outlive_every_change_of_mode() {
             assert!(answer.id.is_some(), "{options:?}: {from} -> {target}: {answer:?}");
         }
     }
-    assert!(begun.elapsed() < Duration::from_secs(60), "the changes took longer than the connections lasted");
     for (child, (from, _, target)) in running.into_iter().zip(loads) {
-        let report: serde_json::Value = serde_json::from_str(&finish(child).unwrap()).unwrap();
+        let report = end_load(child).unwrap();
         for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
             assert_eq!(report[failure], 0, "{from} -> {target}: {report}");
         }
@@ -171,7 +169,7 @@ fn connections_outlive_kube_proxy() {
             "--udp-streams",
             "5",
             "--secs",
-            "20",
+            "300",
         ];
         let running = cluster.spawn("pod12", None, &load).unwrap();
         std::thread::sleep(Duration::from_secs(1));
@@ -187,7 +185,7 @@ fn connections_outlive_kube_proxy() {
             let rules = rules(&cluster);
             !rules.contains("kube-proxy") && !rules.contains("KUBE-SERVICES")
         });
-        let report: serde_json::Value = serde_json::from_str(&finish(running).unwrap()).unwrap();
+        let report = end_load(running).unwrap();
         for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
             assert_eq!(report[failure], 0, "{mode:?}: {report}");
         }
@@ -213,7 +211,7 @@ fn connections_outlive_iptables_where_there_is_no_nft() {
     cluster.agent_path = Some(path);
     start(&mut cluster, IPTABLES);
     let load =
-        ["load", "10.96.0.10:80", "--connections", "10", "--udp", "2", "--udp-streams", "3", "--secs", "15"];
+        ["load", "10.96.0.10:80", "--connections", "10", "--udp", "2", "--udp-streams", "3", "--secs", "300"];
     let running = cluster.spawn("pod12", None, &load).unwrap();
     std::thread::sleep(Duration::from_secs(1));
     let nat = |cluster: &Cluster| {
@@ -225,7 +223,7 @@ fn connections_outlive_iptables_where_there_is_no_nft() {
         let nat = nat(&cluster);
         !nat.contains("KUBE-SERVICES") && nat.contains("LB-AGENT-DRAIN")
     });
-    let report: serde_json::Value = serde_json::from_str(&finish(running).unwrap()).unwrap();
+    let report = end_load(running).unwrap();
     for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
         assert_eq!(report[failure], 0, "{report}");
     }

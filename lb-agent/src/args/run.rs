@@ -85,9 +85,13 @@ pub struct RunArgs {
     /// kube-proxy's options.
     #[command(flatten)]
     kube_proxy: KubeProxyArgs,
-    /// Entries in each flow table; a connection takes two. Holds for tables that are not pinned yet [default: 262144].
-    #[arg(long)]
+    /// Entries in each flow table; a connection takes two. Holds for tables that are not pinned yet [default: by the node's
+    /// CPUs and memory].
+    #[arg(long, value_name = "N")]
     flows_max: Option<u32>,
+    /// Maps of Services grow with the cluster, but none beyond so many entries [default: 4194304].
+    #[arg(long, value_name = "N")]
+    map_entries_max: Option<u32>,
     /// Log each decision on packets that match: `any`, `10.0.0.5`, `10.0.0.5:80`, `:53/udp`, `[fd00::1]:443/tcp`.
     #[arg(long, value_name = "FILTER")]
     trace_packets: Option<String>,
@@ -381,6 +385,7 @@ impl RunArgs {
         }
         put(&mut to.lb.on_backend_gone, self.on_backend_gone.and_then(typed));
         put(&mut to.lb.flows_max, self.flows_max);
+        put(&mut to.lb.map_entries_max, self.map_entries_max);
         put(&mut to.lb.min_sync_period, self.min_sync_period);
         for of_mode in [&mut to.iptables.sync_period, &mut to.ipvs.sync_period, &mut to.nftables.sync_period]
         {

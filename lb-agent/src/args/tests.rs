@@ -99,9 +99,9 @@ fn options_go_before_the_file() {
     };
     let config = resolve(&[]);
     assert_eq!((config.mode, &*config.node_name, config.compile.masquerade_all), (Mode::Ipvs, "a", true));
-    assert_eq!((config.settings.sizes.flows, config.settings.devices.pods), (4096, Some(Vec::new())));
+    assert_eq!((config.settings.flows_max, config.settings.devices.pods), (Some(4096), Some(Vec::new())));
     let config =
         resolve(&["--mode", "ebpf", "--node-name", "b", "--masquerade-all=false", "--pod-devices", "auto"]);
     assert_eq!((config.mode, &*config.node_name, config.compile.masquerade_all), (Mode::Ebpf, "b", false));
-    assert_eq!((config.settings.sizes.flows, config.settings.devices.pods), (4096, None));
+    assert_eq!((config.settings.flows_max, config.settings.devices.pods), (Some(4096), None));
 }

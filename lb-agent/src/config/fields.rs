@@ -127,7 +127,14 @@ pub const FIELDS: &[(&str, Here)] = &[
         "lb.cgroupRoot",
         Does("the cgroup v2 directory whose sockets are served; the mount's root if not given"),
     ),
-    ("lb.flowsMax", Does("entries in each flow table that is not pinned yet; 262144 if not given")),
+    (
+        "lb.flowsMax",
+        Does("entries in each flow table that is not pinned yet; by the node's CPUs and memory if not given"),
+    ),
+    (
+        "lb.mapEntriesMax",
+        Does("maps of Services grow with the cluster, but none beyond so many entries; 4194304 if not given"),
+    ),
     (
         "lb.legacyExternalIP",
         Does("modern, or \"1.20\": kube-proxy 1.20's rules for externalIPs, in iptables mode"),
@@ -208,7 +215,8 @@ mod tests {
             "nodePortAddresses" | "excludeCIDRs" | "devices" | "podDevices" => json!(["10.0.0.0/8"]),
             "flushFrequency" => json!(5_000_000_000u64),
             "qps" => json!(2.0),
-            "burst" | "verbosity" | "masqueradeBit" | "oomScoreAdj" | "maxPerCore" | "min" | "flowsMax" => {
+            "burst" | "verbosity" | "masqueradeBit" | "oomScoreAdj" | "maxPerCore" | "min" | "flowsMax"
+            | "mapEntriesMax" => {
                 json!(7)
             }
             "vmodule" => json!("a=1"),

@@ -152,6 +152,7 @@ pub struct Lb {
     pub tc_mode: Option<String>,
     pub cgroup_root: Option<String>,
     pub flows_max: Option<u32>,
+    pub map_entries_max: Option<u32>,
     #[serde(rename = "legacyExternalIP")]
     pub legacy_external_ip: Option<String>,
     pub replace_kube_proxy: Option<bool>,

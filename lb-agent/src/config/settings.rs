@@ -22,10 +22,7 @@ use super::kube_proxy::{Conntrack, KubeProxyConfiguration};
 use crate::{
     args::{LegacyExternalIp, Mode, ModeChoice, OnBackendGone},
     datapath::{
-        ebpf::{
-            attach::{Modes, TcMode, XdpMode},
-            load::Sizes,
-        },
+        ebpf::attach::{Modes, TcMode, XdpMode},
         ipvs::{IpvsConfig, Timeouts},
     },
     netlink::DeviceChoice,
@@ -90,8 +87,10 @@ pub struct Settings {
     pub modes: Modes,
     /// Devices.
     pub devices: DeviceChoice,
-    /// Sizes of maps.
-    pub sizes: Sizes,
+    /// Entries in each flow table; `None`: as they suit the node.
+    pub flows_max: Option<u32>,
+    /// No map of Services gets more entries.
+    pub map_entries_max: u32,
     /// The cgroup whose sockets are served.
     pub cgroup_root: Option<PathBuf>,
     /// kube-proxy's leftovers go.
@@ -117,6 +116,10 @@ const SYNC_PERIOD: Duration = Duration::from_secs(30);
 const OOM_SCORE_ADJ: i32 = -999;
 const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
+/// The kernel takes no more by far.
+const ENTRIES_MAX: u32 = 1 << 28;
+/// Some 100 000 Services with 40 endpoints each.
+const MAP_ENTRIES_MAX: u32 = 1 << 22;
 /// `IFNAMSIZ`, with the closing zero.
 const DEVICE_NAME_MAX: usize = 16;
 
@@ -170,7 +173,10 @@ impl Settings {
                 tc: p.choice("lb.tcMode", &file.lb.tc_mode).unwrap_or(TcMode::Auto),
             },
             devices: DeviceChoice { external: file.lb.devices.clone(), pods: file.lb.pod_devices.clone() },
-            sizes: Sizes { flows: file.lb.flows_max.unwrap_or(Sizes::default().flows).max(1024) },
+            flows_max: p.between("lb.flowsMax", file.lb.flows_max, 1024, ENTRIES_MAX),
+            map_entries_max: p
+                .between("lb.mapEntriesMax", file.lb.map_entries_max, 64, ENTRIES_MAX)
+                .unwrap_or(MAP_ENTRIES_MAX),
             cgroup_root: given(&file.lb.cgroup_root).map(PathBuf::from),
             replace_kube_proxy: file.lb.replace_kube_proxy.unwrap_or(false),
             on_backend_gone: p
@@ -328,7 +334,13 @@ impl Problems {
         Some(Duration::from(value)).filter(|time| !time.is_zero())
     }
 
-    fn between(&mut self, field: &'static str, value: Option<i32>, first: i32, last: i32) -> Option<i32> {
+    fn between<T: Copy + PartialOrd + fmt::Display>(
+        &mut self,
+        field: &'static str,
+        value: Option<T>,
+        first: T,
+        last: T,
+    ) -> Option<T> {
         let value = value?;
         if !(first..=last).contains(&value) {
             self.add(field, format!("{value} is not within {first} and {last}"));

@@ -17,7 +17,8 @@ use crate::datapath::ebpf::{
     apply::EbpfDatapath,
     attach,
     maps::Pins,
-    plan::{Actual, Capacity, PlannedBackend, Planner},
+    plan::{Actual, PlannedBackend, Planner},
+    sizes::Capacity,
 };
 
 /// The pinned maps, and those that a plan would write.
@@ -31,8 +32,7 @@ pub struct EbpfDrift {
 impl EbpfDrift {
     /// Looks at the pinned maps, if there are any.
     pub fn open(pins: &Pins) -> Result<Self> {
-        let capacity = kernel(pins)?.map_or_else(Capacity::default, |kernel| kernel.capacity());
-        let planner = Planner::adopt(capacity, Actual::default(), &ServiceTable::default());
+        let planner = Planner::adopt(Capacity::UNLIMITED, Actual::default(), &ServiceTable::default());
         Ok(Self { pins: pins.clone(), planned: Actual::default(), planner })
     }
 }
@@ -168,8 +168,6 @@ mod tests {
     use super::*;
     use crate::{datapath::ebpf::plan::Op, drift::compare};
 
-    const CAPACITY: Capacity = Capacity { slots: 4096, backends4: 1024, backends6: 1024, frontends: 1024 };
-
     fn planned(compiler: &Compiler, planner: &mut Planner, maps: &mut Actual) {
         let (ops, _) = planner.plan(compiler.table(), &Changes::all(compiler.table()));
         ops.iter().for_each(|op| maps.write(op));
@@ -186,11 +184,11 @@ mod tests {
     #[test]
     fn ids_and_slots_are_no_difference() {
         let mut compiler = compiler();
-        let empty = Planner::adopt(CAPACITY, Actual::default(), &ServiceTable::default());
+        let empty = Planner::adopt(Capacity::UNLIMITED, Actual::default(), &ServiceTable::default());
         let (mut fresh, mut fresh_planner) = (Actual::default(), empty);
         planned(&compiler, &mut fresh_planner, &mut fresh);
         // The same table by a detour, which takes other ids and slots.
-        let mut planner = Planner::adopt(CAPACITY, Actual::default(), &ServiceTable::default());
+        let mut planner = Planner::adopt(Capacity::UNLIMITED, Actual::default(), &ServiceTable::default());
         let mut maps = Actual::default();
         for version in [3, 2, 1, 0] {
             compiler.apply(Event::EndpointSlice(synthetic::slice(0, 2, version)));
@@ -204,7 +202,7 @@ mod tests {
     #[test]
     fn what_somebody_changed_is_named() {
         let compiler = compiler();
-        let mut planner = Planner::adopt(CAPACITY, Actual::default(), &ServiceTable::default());
+        let mut planner = Planner::adopt(Capacity::UNLIMITED, Actual::default(), &ServiceTable::default());
         let mut maps = Actual::default();
         planned(&compiler, &mut planner, &mut maps);
         let desired = list(&maps);

@@ -67,9 +67,17 @@ pub(super) fn categorize(
     };
     let (serving, not_serving) = (of(true), of(false));
     let health_check_node_port = health_check_node_port(service);
-    let affinity_secs = service.affinity_secs;
+    let (created_unix_secs, affinity_secs) = (service.created_unix_secs, service.affinity_secs);
     Categorized {
-        entry: ServiceEntry { affinity_secs, health_check_node_port, cluster, local, serving, not_serving },
+        entry: ServiceEntry {
+            created_unix_secs,
+            affinity_secs,
+            health_check_node_port,
+            cluster,
+            local,
+            serving,
+            not_serving,
+        },
         has_any,
     }
 }

@@ -9,7 +9,7 @@ use std::{
     os::fd::AsRawFd,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -97,6 +97,7 @@ enum Command {
         /// UDP sockets that talk to one server all the time.
         #[arg(long, default_value_t = 0)]
         udp_streams: u32,
+        /// SIGTERM ends it earlier.
         #[arg(long)]
         secs: f64,
         /// Leave TCP connections with a reset: nobody waits for the last segments.
@@ -487,10 +488,24 @@ struct Clients {
     abort: bool,
 }
 
+/// SIGTERM ends a load before its time.
+static ENDED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn end(_signal: libc::c_int) {
+    ENDED.store(true, Ordering::Relaxed);
+}
+
+fn goes_on(deadline: Instant) -> bool {
+    Instant::now() < deadline && !ENDED.load(Ordering::Relaxed)
+}
+
 fn load(target: SocketAddr, clients: Clients, duration: Duration) -> serde_json::Value {
     let Clients { connections, udp, udp_streams, abort } = clients;
     let counts = Arc::new(Counts::default());
     let deadline = Instant::now() + duration;
+    let end: extern "C" fn(libc::c_int) = end;
+    // SAFETY: the handler only stores into an atomic.
+    unsafe { libc::signal(libc::SIGTERM, end as libc::sighandler_t) };
     let mut threads = Vec::new();
     for _ in 0..connections {
         let counts = counts.clone();
@@ -519,7 +534,7 @@ fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant, abort: bool)
         stream.set_read_timeout(Some(patience(Duration::from_secs(10))))?;
         let mut lines = BufReader::new(stream.try_clone()?);
         let mut first = String::new();
-        while Instant::now() < deadline {
+        while goes_on(deadline) {
             stream.write_all(b"id\n")?;
             let mut line = String::new();
             lines.read_line(&mut line)?;
@@ -560,7 +575,7 @@ fn close_with_reset(stream: TcpStream) -> std::io::Result<()> {
 
 /// A new socket for each question; the answer must come from where it was sent.
 fn load_udp(target: SocketAddr, counts: &Counts, deadline: Instant) {
-    while Instant::now() < deadline {
+    while goes_on(deadline) {
         let answer = udp(target, false, false, b"id", patience(Duration::from_secs(5)));
         counts.udp_requests.fetch_add(1, Ordering::Relaxed);
         if answer.get("error").is_some() {
@@ -581,7 +596,7 @@ fn load_udp_stream(target: SocketAddr, counts: &Counts, deadline: Instant) {
         socket.connect(target)?;
         socket.set_read_timeout(Some(Duration::from_secs(5)))?;
         let (mut first, mut buffer) = (Vec::new(), [0; 2048]);
-        while Instant::now() < deadline {
+        while goes_on(deadline) {
             socket.send(b"id")?;
             let len = socket.recv(&mut buffer)?;
             counts.udp_requests.fetch_add(1, Ordering::Relaxed);

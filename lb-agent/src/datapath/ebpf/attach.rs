@@ -103,7 +103,11 @@ pub struct Attacher {
     pins: Pins,
     programs: Programs,
     modes: Modes,
+    cgroup: Option<PathBuf>,
+    devices: Vec<Device>,
     attached: BTreeMap<String, Attached>,
+    /// Names of those that run the present programs.
+    current: BTreeSet<String>,
     /// Devices whose XDP program runs in the driver: frames may be sent there.
     native: BTreeSet<u32>,
 }
@@ -111,7 +115,16 @@ pub struct Attacher {
 impl Attacher {
     /// Nothing is attached yet, but for what an earlier agent left.
     pub fn new(pins: Pins, programs: Programs, modes: Modes) -> Self {
-        Self { pins, programs, modes, attached: BTreeMap::new(), native: BTreeSet::new() }
+        Self {
+            pins,
+            programs,
+            modes,
+            cgroup: None,
+            devices: Vec::new(),
+            attached: BTreeMap::new(),
+            current: BTreeSet::new(),
+            native: BTreeSet::new(),
+        }
     }
 
     /// Devices that frames may be sent to from XDP.
@@ -119,8 +132,42 @@ impl Attacher {
         &self.native
     }
 
+    /// Puts other programs in the place of the present ones, hook by hook: none is without a program. If one of them can't
+    /// be exchanged, all get the present ones back.
+    pub fn replace(&mut self, programs: Programs) -> Result<(), DatapathError> {
+        let before = std::mem::replace(&mut self.programs, programs);
+        let had = self.attached.clone();
+        let result = self.attach_everywhere().and_then(|()| {
+            let is_lost = |name: &String| self.attached.get(name).is_none_or(|now| now.mode == "-");
+            match had.iter().find(|(name, hook)| hook.mode != "-" && is_lost(name)) {
+                None => Ok(()),
+                Some((name, hook)) => Err(DatapathError::Kernel {
+                    operation: "exchange the program at",
+                    object: format!("{} {}", hook.target, hook.hook),
+                    source: self.attached.get(name).map(|now| now.reason.clone()).unwrap_or_default().into(),
+                }),
+            }
+        });
+        if result.is_err() {
+            self.programs = before;
+            self.attach_everywhere()?;
+        }
+        result
+    }
+
+    fn attach_everywhere(&mut self) -> Result<(), DatapathError> {
+        self.current.clear();
+        if let Some(root) = self.cgroup.clone() {
+            self.attach_cgroup(&root)?;
+        }
+        let devices = std::mem::take(&mut self.devices);
+        self.sync(&devices);
+        Ok(())
+    }
+
     /// Attaches the socket programs to a cgroup and all below it.
     pub fn attach_cgroup(&mut self, root: &Path) -> Result<(), DatapathError> {
+        self.cgroup = Some(root.to_owned());
         let failed = |source: io::Error| DatapathError::Kernel {
             operation: "attach socket programs to cgroup",
             object: format!("{} (must be a directory of cgroup v2)", root.display()),
@@ -176,6 +223,8 @@ impl Attacher {
         }
         self.native.retain(|ifindex| devices.iter().any(|device| device.ifindex == *ifindex));
         self.attached.retain(|name, _| wanted.contains(name));
+        self.current.retain(|name| wanted.contains(name));
+        self.devices = devices.to_vec();
         for pin in pinned_links(&self.pins) {
             let name = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
             if !wanted.contains(&name) {
@@ -186,7 +235,7 @@ impl Attacher {
     }
 
     fn attach_tc(&mut self, name: &str, device: &Device, program: &'static str, kind: u32) {
-        if self.attached.contains_key(name) {
+        if self.current.contains(name) {
             return;
         }
         let hook = format!("tc {}", if kind == attach_type::TCX_INGRESS { "ingress" } else { "egress" });
@@ -268,12 +317,12 @@ impl Attacher {
                 Err(error) => warn!(dir = %dir.display(), %error, "not removed"),
             }
         }
-        self.attached.retain(|_, attached| attached.mode != "-");
+        self.current.retain(|name| self.attached.get(name).is_some_and(|attached| attached.mode != "-"));
         !others.is_empty()
     }
 
     fn attach_xdp(&mut self, name: &str, device: &Device) {
-        if self.attached.contains_key(name) {
+        if self.current.contains(name) {
             return;
         }
         let pin = self.pins.links().join(name);
@@ -325,6 +374,10 @@ impl Attacher {
     fn note(&mut self, name: String, target: &str, hook: &str, mode: &str, reason: &str) {
         let attached =
             Attached { target: target.into(), hook: hook.into(), mode: mode.into(), reason: reason.into() };
+        self.current.insert(name.clone());
+        if self.attached.get(&name) == Some(&attached) {
+            return;
+        }
         if mode == "-" && hook != "xdp" {
             warn!(target = %target, hook, reason, "not attached");
         } else {

@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::{
     attach::{self, Attached},
     drain,
+    load::Generation,
     maps::{FamilyMaps, Flows, Maps, Pins, Wire, WireAddr, map_error, metrics, open_flows},
 };
 use crate::datapath::DatapathError;
@@ -115,7 +116,7 @@ pub fn status(pins: &Pins) -> Result<Status, DatapathError> {
 
 /// All frontends, sorted.
 pub fn services(pins: &Pins) -> Result<Vec<ServiceRow>, DatapathError> {
-    let maps = Maps::open(pins)?;
+    let maps = Maps::open(pins, Generation::Present)?;
     let mut rows = BTreeMap::new();
     services_of(&maps, &maps.v4, &mut rows)?;
     services_of(&maps, &maps.v6, &mut rows)?;
@@ -178,7 +179,7 @@ fn words(bits: u32, names: &[(u32, &'static str)]) -> Vec<&'static str> {
 
 /// All backends, by family and id.
 pub fn backends(pins: &Pins) -> Result<Vec<BackendRow>, DatapathError> {
-    let maps = Maps::open(pins)?;
+    let maps = Maps::open(pins, Generation::Present)?;
     let mut rows = Vec::new();
     backends_of(&maps.v4, &mut rows)?;
     backends_of(&maps.v6, &mut rows)?;

@@ -3,59 +3,144 @@
 use std::{
     io::ErrorKind,
     os::fd::{AsFd, BorrowedFd},
+    time::Duration,
 };
 
 use aya::{
     Ebpf, EbpfLoader,
     programs::{Program, ProgramError},
 };
+use aya_log::EbpfLogger;
+use lb_common::abi::TraceFilter;
+use tokio::{runtime::Handle, task::JoinSet};
 
 use super::{
-    maps::{PINNED, Pins},
-    objects::Objects,
+    maps::{OF_SERVICES, PINNED, Pins, set_first},
+    objects::{self, Objects},
+    sizes::Capacity,
 };
-use crate::datapath::DatapathError;
+use crate::{datapath::DatapathError, trace::DecisionLog};
+
+/// Which maps programs use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Generation {
+    /// Those that are pinned under their names.
+    Present,
+    /// Larger ones that are to take the place of those that hold Services.
+    Next,
+}
 
 /// Loaded programs, by object.
 pub struct Programs {
     xdp: Ebpf,
     tc: Ebpf,
     sock: Ebpf,
+    /// Prints what the tracing build logs; ends with the programs.
+    _logs: JoinSet<()>,
 }
 
-/// Sizes that the operator can set. A pinned map keeps the size it was made with.
-#[derive(Clone, Copy, Debug)]
-pub struct Sizes {
-    /// Entries in each flow table (two per connection).
-    pub flows: u32,
+/// How to load programs.
+#[derive(Clone)]
+pub struct Loader {
+    /// Where maps are pinned.
+    pins: Pins,
+    /// Entries in each flow table that isn't pinned yet.
+    flows: u32,
+    /// The tracing build is loaded and prints what it decides on such packets, on this runtime.
+    trace: Option<(TraceFilter, Handle)>,
 }
 
-impl Default for Sizes {
-    fn default() -> Self {
-        Self { flows: 262_144 }
+impl Loader {
+    /// With maps under `pins`; a flow table that isn't pinned yet gets so many entries (two per connection).
+    pub fn new(pins: &Pins, flows: u32) -> Self {
+        Self { pins: pins.clone(), flows, trace: None }
+    }
+
+    /// The tracing build, with tasks on the current runtime.
+    pub fn tracing(self, filter: TraceFilter) -> Self {
+        Self { trace: Some((filter, Handle::current())), ..self }
+    }
+
+    /// Where maps are pinned.
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
+    /// Loads all programs. A map that isn't pinned yet is made with this capacity.
+    pub fn load(&self, capacity: Capacity, generation: Generation) -> Result<Programs, DatapathError> {
+        let objects = if self.trace.is_some() { objects::TRACE } else { objects::NORMAL };
+        objects.check()?;
+        self.pins.create()?;
+        self.pins.forget_next();
+        let sizes = self.sizes(capacity);
+        let maps = Maps::Pinned(&self.pins, generation, &sizes);
+        let mut programs = Programs::of(&objects, &maps)?;
+        if let Some((filter, runtime)) = &self.trace {
+            programs.print_decisions(*filter, runtime)?;
+        }
+        Ok(programs)
+    }
+
+    fn sizes(&self, capacity: Capacity) -> [(&'static str, u32); 11] {
+        let ([backends4, backends6], [frontends4, frontends6]) = (capacity.backends, capacity.frontends);
+        let [ranges4, ranges6] = capacity.source_ranges;
+        [
+            ("LB4_FRONTENDS", frontends4),
+            ("LB6_FRONTENDS", frontends6),
+            ("LB4_VIPS", frontends4),
+            ("LB6_VIPS", frontends6),
+            ("SLOTS", capacity.slots),
+            ("LB4_BACKENDS", backends4),
+            ("LB6_BACKENDS", backends6),
+            ("LB4_SOURCE_RANGES", ranges4),
+            ("LB6_SOURCE_RANGES", ranges6),
+            ("LB4_FLOWS", self.flows),
+            ("LB6_FLOWS", self.flows),
+        ]
     }
 }
 
 impl Programs {
-    /// Loads all programs of `objects`.
-    pub fn load(pins: &Pins, objects: &Objects, sizes: Sizes) -> Result<Self, DatapathError> {
-        pins.create()?;
-        Ok(Self {
-            xdp: load(Some(pins), "xdp", objects.xdp, sizes)?,
-            tc: load(Some(pins), "tc", objects.tc, sizes)?,
-            sock: load(Some(pins), "sock", objects.sock, sizes)?,
-        })
-    }
-
     /// Loads all programs with small maps of their own: does this kernel take them? Nothing is pinned.
     pub fn trial(objects: &Objects) -> Result<Self, DatapathError> {
         objects.check()?;
-        let sizes = Sizes { flows: TRIAL };
+        Self::of(objects, &Maps::Small)
+    }
+
+    fn of(objects: &Objects, maps: &Maps<'_>) -> Result<Self, DatapathError> {
         Ok(Self {
-            xdp: load(None, "xdp", objects.xdp, sizes)?,
-            tc: load(None, "tc", objects.tc, sizes)?,
-            sock: load(None, "sock", objects.sock, sizes)?,
+            xdp: load("xdp", objects.xdp, maps)?,
+            tc: load("tc", objects.tc, maps)?,
+            sock: load("sock", objects.sock, maps)?,
+            _logs: JoinSet::new(),
         })
+    }
+
+    fn print_decisions(&mut self, filter: TraceFilter, runtime: &Handle) -> Result<(), DatapathError> {
+        let mut logs = JoinSet::new();
+        for (name, ebpf) in self.objects() {
+            set_first(ebpf, "TRACE", filter)?;
+            if name == "sock" {
+                continue;
+            }
+            let mut logger =
+                EbpfLogger::init_with_logger(ebpf, DecisionLog).map_err(|source| DatapathError::Kernel {
+                    operation: "read the log of",
+                    object: format!("{name}.o"),
+                    source: source.into(),
+                })?;
+            logs.spawn_on(
+                async move {
+                    loop {
+                        logger.flush();
+                        tokio::time::sleep(TRACE_POLL).await;
+                    }
+                },
+                runtime,
+            );
+        }
+        self._logs = logs;
+        Ok(())
     }
 
     /// The fd of a program.
@@ -87,42 +172,46 @@ impl Programs {
     }
 }
 
-/// Maps of which a trial needs no more than a few entries.
-const BIG: [&str; 12] = [
-    "LB4_FRONTENDS",
-    "LB6_FRONTENDS",
-    "LB4_VIPS",
-    "LB6_VIPS",
-    "SLOTS",
-    "LB4_BACKENDS",
-    "LB6_BACKENDS",
-    "LB4_FLOWS",
-    "LB6_FLOWS",
-    "AFFINITY",
-    "SOCK_FLOWS",
-    "DEVICES",
-];
+/// How often the ring of decisions is read.
+const TRACE_POLL: Duration = Duration::from_millis(20);
+
+/// Where a program's maps come from.
+enum Maps<'a> {
+    /// From their pins; those that aren't there are made, as large as it says here.
+    Pinned(&'a Pins, Generation, &'a [(&'static str, u32)]),
+    /// The program's own, as small as a trial allows.
+    Small,
+}
+
+/// Maps of which a trial needs no more than a few entries, beside those of Services and flows.
+const BIG: [&str; 3] = ["AFFINITY", "SOCK_FLOWS", "DEVICES"];
 
 /// Entries in the big maps of a trial.
 const TRIAL: u32 = 64;
 
-/// Loads one object; without pins its maps are its own, and small.
-fn load(pins: Option<&Pins>, name: &str, object: &[u8], sizes: Sizes) -> Result<Ebpf, DatapathError> {
+/// Loads one object.
+fn load(name: &str, object: &[u8], maps: &Maps<'_>) -> Result<Ebpf, DatapathError> {
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| DatapathError::Kernel {
         operation: "load the BPF object",
         object: format!("{name}.o (needs CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and kernel 5.18 or later)"),
         source,
     };
     let mut loader = EbpfLoader::new();
-    for map in PINNED {
-        match pins {
-            Some(pins) => drop(loader.map_pin_path(map, pins.map(map))),
-            None if BIG.contains(&map) => drop(loader.map_max_entries(map, TRIAL)),
-            None => {}
+    match maps {
+        Maps::Pinned(pins, generation, sizes) => {
+            for map in PINNED {
+                loader.map_pin_path(map, pins.map_of(map, *generation));
+            }
+            for (map, entries) in *sizes {
+                loader.map_max_entries(map, *entries);
+            }
+        }
+        Maps::Small => {
+            for map in OF_SERVICES.iter().chain(&["LB4_FLOWS", "LB6_FLOWS"]).chain(&BIG) {
+                loader.map_max_entries(map, TRIAL);
+            }
         }
     }
-    loader.map_max_entries("LB4_FLOWS", sizes.flows);
-    loader.map_max_entries("LB6_FLOWS", sizes.flows);
     let mut ebpf = loader.load(object).map_err(|source| failed(source.into()))?;
     for (_, program) in ebpf.programs_mut() {
         load_program(program).map_err(|source| failed(source.into()))?;

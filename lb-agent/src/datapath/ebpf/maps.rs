@@ -2,6 +2,7 @@
 
 use std::{
     borrow::BorrowMut,
+    collections::BTreeMap,
     fs, io,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -20,9 +21,9 @@ use lb_common::{
     hash,
     outcome::{Hook, METRICS_LEN, OUTCOMES_PER_HOOK, Outcome},
 };
-use lb_core::model::Family;
+use tracing::warn;
 
-use super::foreign::ForeignMap;
+use super::{foreign::ForeignMap, load::Generation, sizes::Capacity};
 use crate::datapath::DatapathError;
 
 /// A `bytemuck` type as aya wants it.
@@ -59,6 +60,19 @@ pub const PINNED: [&str; 22] = [
     "TRACE",
 ];
 
+/// Those of them that hold Services: they grow.
+pub const OF_SERVICES: [&str; 9] = [
+    "LB4_FRONTENDS",
+    "LB6_FRONTENDS",
+    "LB4_VIPS",
+    "LB6_VIPS",
+    "SLOTS",
+    "LB4_BACKENDS",
+    "LB6_BACKENDS",
+    "LB4_SOURCE_RANGES",
+    "LB6_SOURCE_RANGES",
+];
+
 /// Where everything of one node is pinned.
 #[derive(Clone, Debug)]
 pub struct Pins {
@@ -79,6 +93,34 @@ impl Pins {
     /// A map's pin.
     pub fn map(&self, name: &str) -> PathBuf {
         self.dir().join(name)
+    }
+
+    /// The pin of a map that is to take the place of the one of its name, if there is such a thing.
+    pub fn map_of(&self, name: &str, generation: Generation) -> PathBuf {
+        match generation {
+            Generation::Next if OF_SERVICES.contains(&name) => self.map(&format!("{name}_NEXT")),
+            Generation::Next | Generation::Present => self.map(name),
+        }
+    }
+
+    /// The next generation becomes the present one.
+    pub fn promote_next(&self) -> Result<(), DatapathError> {
+        OF_SERVICES.into_iter().try_for_each(|name| {
+            let next = self.map_of(name, Generation::Next);
+            fs::rename(&next, self.map(name)).map_err(|source| DatapathError::Kernel {
+                operation: "rename the pin",
+                object: next.display().to_string(),
+                source: source.into(),
+            })
+        })
+    }
+
+    /// Removes what is left of a next generation that never became the present one.
+    pub fn forget_next(&self) {
+        for name in OF_SERVICES {
+            // Mostly there is none.
+            let _ = fs::remove_file(self.map_of(name, Generation::Next));
+        }
     }
 
     /// The links' directory.
@@ -129,49 +171,72 @@ pub struct Maps {
     pub slots: Array<MapData, u32>,
     /// VIP filter words.
     pub filter: Array<MapData, u64>,
+    capacity: Capacity,
+}
+
+fn map_at(pin: &Path, name: &str) -> Result<MapData, DatapathError> {
+    MapData::from_pin(pin).map_err(|source| map_error("open pinned", name, source))
+}
+
+macro_rules! typed {
+    ($open:expr, $name:expr, $kind:ident) => {
+        Map::$kind($open($name)?).try_into().map_err(|source: MapError| map_error("open", $name, source))?
+    };
 }
 
 macro_rules! open {
-    ($pins:expr, $name:expr, $kind:ident) => {{
-        let path = $pins.map($name);
-        let data = MapData::from_pin(&path).map_err(|source| map_error("open pinned", $name, source))?;
-        Map::$kind(data).try_into().map_err(|source: MapError| map_error("open", $name, source))?
-    }};
+    ($pins:expr, $name:expr, $kind:ident) => {
+        typed!(|name| map_at(&$pins.map(name), name), $name, $kind)
+    };
 }
 
 impl Maps {
     /// Opens the pinned maps.
-    pub fn open(pins: &Pins) -> Result<Self, DatapathError> {
+    pub fn open(pins: &Pins, generation: Generation) -> Result<Self, DatapathError> {
+        let open = |name| map_at(&pins.map_of(name, generation), name);
         Ok(Self {
             v4: FamilyMaps {
-                frontends: open!(pins, "LB4_FRONTENDS", HashMap),
-                vips: open!(pins, "LB4_VIPS", HashMap),
-                backends: open!(pins, "LB4_BACKENDS", Array),
-                source_ranges: open!(pins, "LB4_SOURCE_RANGES", LpmTrie),
+                frontends: typed!(open, "LB4_FRONTENDS", HashMap),
+                vips: typed!(open, "LB4_VIPS", HashMap),
+                backends: typed!(open, "LB4_BACKENDS", Array),
+                source_ranges: typed!(open, "LB4_SOURCE_RANGES", LpmTrie),
             },
             v6: FamilyMaps {
-                frontends: open!(pins, "LB6_FRONTENDS", HashMap),
-                vips: open!(pins, "LB6_VIPS", HashMap),
-                backends: open!(pins, "LB6_BACKENDS", Array),
-                source_ranges: open!(pins, "LB6_SOURCE_RANGES", LpmTrie),
+                frontends: typed!(open, "LB6_FRONTENDS", HashMap),
+                vips: typed!(open, "LB6_VIPS", HashMap),
+                backends: typed!(open, "LB6_BACKENDS", Array),
+                source_ranges: typed!(open, "LB6_SOURCE_RANGES", LpmTrie),
             },
-            slots: open!(pins, "SLOTS", Array),
-            filter: open!(pins, "VIP_FILTER", Array),
+            slots: typed!(open, "SLOTS", Array),
+            filter: typed!(open, "VIP_FILTER", Array),
+            capacity: Capacity {
+                slots: size_of_map(open, "SLOTS")?,
+                backends: [size_of_map(open, "LB4_BACKENDS")?, size_of_map(open, "LB6_BACKENDS")?],
+                frontends: [
+                    size_of_map(open, "LB4_FRONTENDS")?.min(size_of_map(open, "LB4_VIPS")?),
+                    size_of_map(open, "LB6_FRONTENDS")?.min(size_of_map(open, "LB6_VIPS")?),
+                ],
+                source_ranges: [
+                    size_of_map(open, "LB4_SOURCE_RANGES")?,
+                    size_of_map(open, "LB6_SOURCE_RANGES")?,
+                ],
+            },
         })
     }
 
-    /// Places in the slot array.
-    pub fn slots_len(&self) -> u32 {
-        self.slots.len()
+    /// How much they hold.
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
     }
+}
 
-    /// Backend ids of a family, 0 included.
-    pub fn backends_len(&self, family: Family) -> u32 {
-        match family {
-            Family::V4 => self.v4.backends.len(),
-            Family::V6 => self.v6.backends.len(),
-        }
-    }
+/// Entries that a map has room for.
+fn size_of_map(
+    open: impl Fn(&'static str) -> Result<MapData, DatapathError>,
+    name: &'static str,
+) -> Result<u32, DatapathError> {
+    let info = open(name)?.info().map_err(|source| map_error("ask about", name, source))?;
+    Ok(info.max_entries())
 }
 
 /// Facts about the node, and its devices.
@@ -223,22 +288,31 @@ impl NodeMaps {
         self.node.set(0, Wire(node), 0).map_err(|source| map_error("update", "NODE", source))
     }
 
-    /// Writes the devices, and forgets all others.
+    /// Writes the devices, and forgets all others. A device that is not there has no address, and XDP sends nothing to
+    /// it: pods' have no entry.
     pub fn set_devices(&mut self, devices: &[(u32, DeviceValue)]) -> Result<(), DatapathError> {
-        for (ifindex, device) in devices {
-            self.look_at(device.addr4, device.addr6)?;
-            self.devices
-                .insert(ifindex, Wire(*device), 0)
-                .map_err(|source| map_error("update", "DEVICES", source))?;
-        }
-        let gone: Vec<u32> = self
-            .devices
-            .keys()
-            .filter_map(Result::ok)
-            .filter(|ifindex| !devices.iter().any(|(known, _)| known == ifindex))
-            .collect();
+        let matters = |(_, device): &&(u32, DeviceValue)| *device != DeviceValue::default();
+        let wanted: BTreeMap<u32, DeviceValue> = devices.iter().filter(matters).copied().collect();
+        let gone: Vec<u32> =
+            self.devices.keys().filter_map(Result::ok).filter(|known| !wanted.contains_key(known)).collect();
         for ifindex in gone {
             let _ = self.devices.remove(&ifindex);
+        }
+        let mut without_place = 0;
+        for (ifindex, device) in wanted {
+            self.look_at(device.addr4, device.addr6)?;
+            match self.devices.insert(ifindex, Wire(device), 0) {
+                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
+                    without_place += 1;
+                }
+                written => written.map_err(|source| map_error("update", "DEVICES", source))?,
+            }
+        }
+        if without_place > 0 {
+            warn!(
+                devices = without_place,
+                "DEVICES is full: flows out of them are masqueraded to the node's main address"
+            );
         }
         Ok(())
     }

@@ -29,7 +29,7 @@ use lb_core::{
     },
 };
 
-use crate::datapath::Refused;
+use super::sizes::{Capacity, Full, index};
 
 /// One write.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,26 +65,6 @@ pub struct PlannedBackend {
     pub service_id: u32,
     /// See the map's ABI.
     pub generation: u32,
-}
-
-/// Sizes of the maps.
-#[derive(Clone, Copy, Debug)]
-pub struct Capacity {
-    /// Places in `SLOTS`.
-    pub slots: u32,
-    /// Ids in `LB4_BACKENDS`.
-    pub backends4: u32,
-    /// Ids in `LB6_BACKENDS`.
-    pub backends6: u32,
-    /// Frontends per family.
-    pub frontends: usize,
-}
-
-impl Default for Capacity {
-    /// Of maps as they are made (`lb-ebpf/src/maps.rs`).
-    fn default() -> Self {
-        Self { slots: 1 << 20, backends4: 1 << 18, backends6: 1 << 18, frontends: 1 << 16 }
-    }
 }
 
 /// What the kernel holds, as an agent that starts finds it.
@@ -136,9 +116,31 @@ struct Programmed {
     frontends: BTreeSet<FrontendAddr>,
 }
 
+/// A service port for which there is no room, or not for all of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Which.
+    pub service: ServicePortId,
+    /// Where.
+    pub full: Full,
+}
+
+/// Entries of maps that the kernel counts: of frontends, addresses and source ranges, IPv4 and IPv6.
+#[derive(Clone, Copy, Debug, Default)]
+struct Entries {
+    frontends: [u32; 2],
+    vips: [u32; 2],
+    source_ranges: [u32; 2],
+}
+
 /// The programmed state and the pools behind it.
 pub struct Planner {
     capacity: Capacity,
+    /// As many as there are while a plan is carried out: what it deletes goes last.
+    held: Entries,
+    deleted: Entries,
+    /// Looked at again by every plan: there may be room now.
+    refused: BTreeMap<ServicePortId, Full>,
     programmed: BTreeMap<ServicePortId, Programmed>,
     frontends: BTreeMap<FrontendAddr, (Option<ServicePortId>, FrontendValue)>,
     vips: BTreeMap<IpAddr, u32>,
@@ -162,11 +164,14 @@ impl Planner {
     pub fn adopt(capacity: Capacity, actual: Actual, table: &ServiceTable) -> Self {
         let mut planner = Self {
             capacity,
+            held: Entries::default(),
+            deleted: Entries::default(),
+            refused: BTreeMap::new(),
             programmed: BTreeMap::new(),
             frontends: BTreeMap::new(),
             vips: actual.vips.clone(),
             service_ids: IdPool::new(SERVICE_IDS),
-            backend_ids: [IdPool::new(capacity.backends4), IdPool::new(capacity.backends6)],
+            backend_ids: capacity.backends.map(IdPool::new),
             generations: actual.backends.iter().map(|(key, backend)| (*key, backend.generation)).collect(),
             slots: RangePool::new(capacity.slots),
             retired: Vec::new(),
@@ -174,6 +179,9 @@ impl Planner {
             orphans: Vec::new(),
             orphan_ranges: Vec::new(),
         };
+        actual.frontends.keys().for_each(|addr| planner.held.frontends[of(addr.addr)] += 1);
+        actual.vips.keys().for_each(|addr| planner.held.vips[of(*addr)] += 1);
+        actual.source_ranges.iter().for_each(|(_, net)| planner.held.source_ranges[of(net.addr())] += 1);
         for ((family, id), backend) in &actual.backends {
             if backend.flags & backend_flags::ALIVE != 0 {
                 planner.backend_ids[index(*family)].reserve(*id);
@@ -247,54 +255,95 @@ impl Planner {
         }
     }
 
-    /// The writes that lead to `table`, and the service ports for which there is no room.
-    pub fn plan(&mut self, table: &ServiceTable, changes: &Changes) -> (Vec<Op>, Vec<Refused>) {
+    /// The writes that lead to `table`, and the service ports for which there is no room. Where there is some for a part
+    /// of them only, the oldest get it.
+    pub fn plan(&mut self, table: &ServiceTable, changes: &Changes) -> (Vec<Op>, Vec<Refusal>) {
+        self.reuse();
+        let mut writes = Writes::default();
+        let mut services: Vec<&ServicePortId> = changes.services.iter().collect();
+        let mut flips = changes.frontends.clone();
+        let mut vips = changes.vips.clone();
+        let refused = std::mem::take(&mut self.refused);
+        if !refused.is_empty() {
+            services.extend(refused.keys().filter(|id| !changes.services.contains(*id)));
+            let of_refused = |(_, frontend): &(_, &Frontend)| refused.contains_key(&frontend.service);
+            flips.extend(table.frontends.iter().filter(of_refused).map(|(addr, _)| *addr));
+            vips.extend(flips.iter().map(|addr| addr.addr).filter(|addr| table.vips.contains_key(addr)));
+        }
+        let created = |id: &ServicePortId| table.services.get(id).map(|entry| entry.created_unix_secs);
+        services.sort_by_cached_key(|id| created(id));
+        for id in services.iter().copied() {
+            let Some(entry) = table.services.get(id) else { continue };
+            if self.plan_service(id, entry, &mut writes) {
+                flips.extend(self.programmed.get(id).into_iter().flat_map(|p| p.frontends.iter().copied()));
+            }
+        }
+        let mut flips: Vec<FrontendAddr> = flips.into_iter().collect();
+        flips.sort_by_cached_key(|addr| table.frontends.get(addr).and_then(|it| created(&it.service)));
+        let oldest_first = flips.iter().map(|addr| addr.addr).filter(|addr| vips.contains(addr));
+        self.plan_vips(table, oldest_first.chain(vips.iter().copied()), &mut writes);
+        for addr in flips {
+            match table.frontends.get(&addr) {
+                Some(frontend) => {
+                    if let Err(full) = self.plan_frontend(addr, frontend, &mut writes) {
+                        self.refused.entry(frontend.service.clone()).or_insert(full);
+                        if self
+                            .frontends
+                            .get(&addr)
+                            .is_some_and(|(owner, _)| owner.as_ref() != Some(&frontend.service))
+                        {
+                            // Whose it was has lost it all the same.
+                            self.forget_frontend(addr, &mut writes);
+                        }
+                    }
+                }
+                None => self.forget_frontend(addr, &mut writes),
+            }
+        }
+        for id in services.into_iter().filter(|id| !table.services.contains_key(*id)) {
+            self.forget_service(id, &mut writes);
+        }
+        for ((family, id), backend) in std::mem::take(&mut self.orphans) {
+            self.kill(family, id, backend, &mut writes);
+        }
+        for (id, net) in std::mem::take(&mut self.orphan_ranges) {
+            self.delete_range(id, net, &mut writes);
+        }
+        let refusals = self.refused.iter().map(|(id, full)| Refusal { service: id.clone(), full: *full });
+        (writes.in_order(), refusals.collect())
+    }
+
+    /// What the last plan deleted has room for others now.
+    fn reuse(&mut self) {
         for range in std::mem::take(&mut self.retired) {
             self.slots.release(range.first, range.count);
         }
         for (family, id) in std::mem::take(&mut self.retired_ids) {
             self.backend_ids[index(family)].release(id);
         }
-        let mut refused = Vec::new();
-        let mut writes = Writes::default();
-        let mut flips: BTreeSet<FrontendAddr> = changes.frontends.clone();
-        for id in &changes.services {
-            if let Some(entry) = table.services.get(id) {
-                match self.plan_service(id, entry, &mut writes) {
-                    Ok(changed) if changed => {
-                        flips.extend(
-                            self.programmed.get(id).into_iter().flat_map(|p| p.frontends.iter().copied()),
-                        );
-                    }
-                    Ok(_) => {}
-                    Err(reason) => refused.push(Refused { service: id.clone(), reason }),
-                }
-            }
+        let deleted = std::mem::take(&mut self.deleted);
+        for family in [0, 1] {
+            self.held.frontends[family] -= deleted.frontends[family];
+            self.held.vips[family] -= deleted.vips[family];
+            self.held.source_ranges[family] -= deleted.source_ranges[family];
         }
-        self.plan_vips(table, changes, &mut writes);
-        for addr in flips {
-            match table.frontends.get(&addr) {
-                Some(frontend) => {
-                    if let Err(reason) = self.plan_frontend(addr, frontend, &mut writes) {
-                        refused.push(Refused { service: frontend.service.clone(), reason });
-                    }
-                }
-                None => self.forget_frontend(addr, &mut writes),
-            }
+    }
+
+    /// The last plan deleted something, whose room another plan could use.
+    pub fn has_new_room(&self) -> bool {
+        let deleted = [self.deleted.frontends, self.deleted.vips, self.deleted.source_ranges];
+        !self.retired.is_empty()
+            || !self.retired_ids.is_empty()
+            || deleted.as_flattened().iter().any(|n| *n > 0)
+    }
+
+    /// The maps are larger now; no id has changed.
+    pub fn extend(&mut self, capacity: Capacity) {
+        self.capacity = capacity;
+        self.slots.extend(capacity.slots);
+        for (pool, ids) in self.backend_ids.iter_mut().zip(capacity.backends) {
+            pool.extend(ids);
         }
-        for id in changes.services.iter().filter(|id| !table.services.contains_key(*id)) {
-            self.forget_service(id, &mut writes);
-        }
-        for ((family, id), backend) in std::mem::take(&mut self.orphans) {
-            self.kill(family, id, backend, &mut writes);
-        }
-        writes.delete_ranges.extend(
-            std::mem::take(&mut self.orphan_ranges)
-                .into_iter()
-                .map(|(id, net)| Op::DeleteSourceRange(id, net)),
-        );
-        refused.dedup();
-        (writes.in_order(), refused)
     }
 
     /// Frontends and VIPs that the kernel has and the table hasn't: changes of the first plan.
@@ -308,32 +357,57 @@ impl Planner {
         changes
     }
 
-    /// Backends, slots and affinity of one service port; says whether its frontends must be written.
-    fn plan_service(
-        &mut self,
-        id: &ServicePortId,
-        entry: &ServiceEntry,
-        writes: &mut Writes,
-    ) -> Result<bool, String> {
-        let mut programmed = match self.programmed.remove(id) {
-            Some(programmed) => programmed,
+    /// Backends, slots and affinity of one service port; says whether its frontends must be written. A new service port
+    /// gets room for all of it or none; one that is served keeps what it has, and gets as many new backends as there is
+    /// room for.
+    fn plan_service(&mut self, id: &ServicePortId, entry: &ServiceEntry, writes: &mut Writes) -> bool {
+        let (mut programmed, is_new) = match self.programmed.remove(id) {
+            Some(programmed) => (programmed, false),
             None => {
-                let service_id = self.service_ids.take().ok_or("all service ids are taken")?;
-                Programmed { service_id, ..Programmed::default() }
+                let Some(service_id) = self.service_ids.take() else {
+                    self.refused.insert(id.clone(), Full::Frontends(id.family));
+                    return false;
+                };
+                (Programmed { service_id, ..Programmed::default() }, true)
             }
         };
-        let result = self.plan_backends(id.family, entry, &mut programmed, writes);
+        let written = (writes.backends.len(), writes.slots.len());
+        let (changed, full) = self.plan_backends(id.family, entry, &mut programmed, writes);
+        if let Some(full) = full {
+            self.refused.insert(id.clone(), full);
+            if is_new {
+                writes.backends.truncate(written.0);
+                writes.slots.truncate(written.1);
+                self.release(id.family, &programmed);
+                return false;
+            }
+        }
         self.programmed.insert(id.clone(), programmed);
-        result
+        changed
     }
 
+    /// Gives back what was planned for a service port and won't be written.
+    fn release(&mut self, family: Family, programmed: &Programmed) {
+        for (id, _) in programmed.backends.values() {
+            self.backend_ids[index(family)].release(*id);
+        }
+        for list in [&programmed.cluster, &programmed.local] {
+            if list.range.count > 0 {
+                self.slots.release(list.range.first, list.range.count);
+            }
+        }
+        self.service_ids.release(programmed.service_id);
+    }
+
+    /// Says whether the frontends must be written, and where there was no room.
     fn plan_backends(
         &mut self,
         family: Family,
         entry: &ServiceEntry,
         programmed: &mut Programmed,
         writes: &mut Writes,
-    ) -> Result<bool, String> {
+    ) -> (bool, Option<Full>) {
+        let mut full = None;
         let desired = flags_by_addr(entry);
         for ((addr, port), flags) in &desired {
             let value = |generation| PlannedBackend {
@@ -350,9 +424,10 @@ impl Planner {
                     writes.backends.push(Op::Backend(family, *id, *known));
                 }
                 None => {
-                    let id = self.backend_ids[index(family)].take().ok_or_else(|| {
-                        format!("all {} backend places of {family} are taken", self.capacity.backends(family))
-                    })?;
+                    let Some(id) = self.backend_ids[index(family)].take() else {
+                        full = Some(Full::Backends(family));
+                        continue;
+                    };
                     let generation = self.next_generation(family, id);
                     writes.backends.push(Op::Backend(family, id, value(generation)));
                     programmed.backends.insert((*addr, *port), (id, value(generation)));
@@ -376,10 +451,11 @@ impl Planner {
             }
             let mut range = SlotRange::default();
             if !ids.is_empty() {
-                let count = u32::try_from(ids.len()).map_err(|_| "too many backends")?;
-                let first = self.slots.take(count).ok_or_else(|| {
-                    format!("no run of {count} free slots is left of {}", self.capacity.slots)
-                })?;
+                let count = u32::try_from(ids.len()).unwrap_or(u32::MAX);
+                let Some(first) = self.slots.take(count) else {
+                    // Its old slots go on: none of their backends may go yet.
+                    return (changed, Some(Full::Slots(count)));
+                };
                 range = SlotRange { first, count };
                 writes.slots.push(Op::Slots(first, ids.clone()));
             }
@@ -396,24 +472,36 @@ impl Planner {
                 self.kill(family, id, backend, writes);
             }
         }
-        Ok(changed)
+        (changed, full)
     }
 
-    fn plan_vips(&mut self, table: &ServiceTable, changes: &Changes, writes: &mut Writes) {
-        for addr in &changes.vips {
-            let desired = table.vips.get(addr).map(|kind| match kind {
+    fn plan_vips(
+        &mut self,
+        table: &ServiceTable,
+        changed: impl Iterator<Item = IpAddr>,
+        writes: &mut Writes,
+    ) {
+        for addr in changed {
+            let desired = table.vips.get(&addr).map(|kind| match kind {
                 VipKind::Vip => vip_kind::VIP,
                 VipKind::NodeAddress | VipKind::OwnAddress => vip_kind::NODE_ADDRESS,
             });
             match desired {
-                Some(kind) if self.vips.get(addr) == Some(&kind) => {}
+                Some(kind) if self.vips.get(&addr) == Some(&kind) => {}
                 Some(kind) => {
-                    self.vips.insert(*addr, kind);
-                    writes.vips.push(Op::Vip(*addr, kind));
+                    if !self.vips.contains_key(&addr) {
+                        if self.held.vips[of(addr)] >= self.capacity.frontends[of(addr)] {
+                            continue;
+                        }
+                        self.held.vips[of(addr)] += 1;
+                    }
+                    self.vips.insert(addr, kind);
+                    writes.vips.push(Op::Vip(addr, kind));
                 }
                 None => {
-                    if self.vips.remove(addr).is_some() {
-                        writes.delete_vips.push(Op::DeleteVip(*addr));
+                    if self.vips.remove(&addr).is_some() {
+                        self.deleted.vips[of(addr)] += 1;
+                        writes.delete_vips.push(Op::DeleteVip(addr));
                     }
                 }
             }
@@ -425,26 +513,30 @@ impl Planner {
         addr: FrontendAddr,
         frontend: &Frontend,
         writes: &mut Writes,
-    ) -> Result<(), String> {
-        if let Some((Some(owner), _)) = self.frontends.get(&addr)
-            && *owner != frontend.service
-            && let Some(owner) = self.programmed.get_mut(owner)
-        {
-            owner.frontends.remove(&addr);
-        }
-        let known = self.frontends.contains_key(&addr);
-        if !known && self.frontends.len() >= self.capacity.frontends {
-            return Err(format!("{addr}: all {} frontend places are taken", self.capacity.frontends));
-        }
+    ) -> Result<(), Full> {
+        let family = Family::of(addr.addr);
         let Some(programmed) = self.programmed.get_mut(&frontend.service) else {
-            return Err(format!("{addr}: its service port has no place"));
+            // Refused, for a reason that is noted already.
+            return Err(Full::Frontends(family));
         };
+        let is_new = !self.frontends.contains_key(&addr);
+        if is_new && self.held.frontends[index(family)] >= self.capacity.frontends[index(family)]
+            || !self.vips.contains_key(&addr.addr)
+        {
+            return Err(Full::Frontends(family));
+        }
         let added: Vec<IpNet> = frontend
             .source_ranges
             .iter()
-            .filter(|net| programmed.source_ranges.insert(**net))
+            .filter(|net| !programmed.source_ranges.contains(net))
             .copied()
             .collect();
+        let room = self.capacity.source_ranges[index(family)] - self.held.source_ranges[index(family)];
+        if added.len() > room as usize {
+            return Err(Full::SourceRanges(family));
+        }
+        self.held.source_ranges[index(family)] += added.len() as u32;
+        programmed.source_ranges.extend(&added);
         writes.ranges.extend(added.into_iter().map(|net| Op::SourceRange(programmed.service_id, net)));
         if frontend.kind == FrontendKind::LoadBalancer {
             let service_id = programmed.service_id;
@@ -456,11 +548,19 @@ impl Planner {
                 .collect();
             for net in stale {
                 programmed.source_ranges.remove(&net);
+                self.deleted.source_ranges[index(family)] += 1;
                 writes.delete_ranges.push(Op::DeleteSourceRange(service_id, net));
             }
         }
+        self.held.frontends[index(family)] += u32::from(is_new);
         let value = frontend_value(frontend, programmed);
         programmed.frontends.insert(addr);
+        if let Some((Some(owner), _)) = self.frontends.get(&addr)
+            && *owner != frontend.service
+            && let Some(owner) = self.programmed.get_mut(owner)
+        {
+            owner.frontends.remove(&addr);
+        }
         let entry = (Some(frontend.service.clone()), value);
         if self.frontends.get(&addr) != Some(&entry) {
             let same_value = self.frontends.get(&addr).is_some_and(|(_, known)| *known == value);
@@ -474,6 +574,7 @@ impl Planner {
 
     fn forget_frontend(&mut self, addr: FrontendAddr, writes: &mut Writes) {
         if let Some((owner, _)) = self.frontends.remove(&addr) {
+            self.deleted.frontends[of(addr.addr)] += 1;
             writes.delete_frontends.push(Op::DeleteFrontend(addr));
             if let Some(owner) = owner.and_then(|owner| self.programmed.get_mut(&owner)) {
                 owner.frontends.remove(&addr);
@@ -490,12 +591,17 @@ impl Planner {
             self.kill(id.family, *backend_id, *backend, writes);
         }
         for net in &programmed.source_ranges {
-            writes.delete_ranges.push(Op::DeleteSourceRange(programmed.service_id, *net));
+            self.delete_range(programmed.service_id, *net, writes);
         }
         self.retired.extend(
             [programmed.cluster.range, programmed.local.range].iter().filter(|range| range.count > 0),
         );
         self.service_ids.release(programmed.service_id);
+    }
+
+    fn delete_range(&mut self, service_id: u32, net: IpNet, writes: &mut Writes) {
+        self.deleted.source_ranges[of(net.addr())] += 1;
+        writes.delete_ranges.push(Op::DeleteSourceRange(service_id, net));
     }
 
     fn kill(&mut self, family: Family, id: u32, backend: PlannedBackend, writes: &mut Writes) {
@@ -508,15 +614,6 @@ impl Planner {
         let generation = self.generations.entry((family, id)).or_default();
         *generation = generation.wrapping_add(1);
         *generation
-    }
-}
-
-impl Capacity {
-    fn backends(&self, family: Family) -> u32 {
-        match family {
-            Family::V4 => self.backends4,
-            Family::V6 => self.backends6,
-        }
     }
 }
 
@@ -551,11 +648,8 @@ impl Writes {
     }
 }
 
-fn index(family: Family) -> usize {
-    match family {
-        Family::V4 => 0,
-        Family::V6 => 1,
-    }
+fn of(addr: IpAddr) -> usize {
+    index(Family::of(addr))
 }
 
 /// Every backend a flow may have, with its flags.
