@@ -19,7 +19,7 @@ use lb_common::{
 /// Words of the VIP filter.
 pub const VIP_FILTER_WORDS: usize = VIP_FILTER_BITS as usize / 64;
 
-/// Written by the agent, read first of all: one bit per hashed VIP.
+/// Written by the agent and, for backends of UDP flows, by open; read first of all: one bit per hashed address.
 #[btf_map]
 pub static VIP_FILTER: Array<u64, VIP_FILTER_WORDS> = Array::new();
 

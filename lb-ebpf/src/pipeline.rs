@@ -2,7 +2,7 @@
 
 use lb_common::{
     abi::{FlowValue, direction, role},
-    net::{ETHERTYPE_IPV4, ETHERTYPE_IPV6},
+    net::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, PROTO_UDP},
     outcome::Outcome,
 };
 
@@ -110,7 +110,7 @@ pub fn open<F: Parse, O: Origin, C: Ctx>(ctx: &mut C) -> Stage<End> {
     let network = parse::network::<F>(bytes)?;
     let packet = &parse::flow::<F>(bytes, &network)?;
     classify::left_to_others::<F>(packet)?;
-    let frontend = classify::frontend::<F>(packet)?;
+    let frontend = classify::frontend::<F>(packet).inspect_err(|_| flow::leave_to_backend::<F>(packet))?;
     let service = O::scope(frontend);
     trace::service(ctx, &service);
     source_range::check::<F>(packet, &service)?;
@@ -121,6 +121,10 @@ pub fn open<F: Parse, O: Origin, C: Ctx>(ctx: &mut C) -> Stage<End> {
     if C::IS_XDP && source != Source::Masquerade {
         // The stack delivers it: tc makes the same choice from the same hash.
         return Err(End::pass(Outcome::PassToTc));
+    }
+    if packet.proto == PROTO_UDP && source == Source::Keep {
+        // Datagrams to the backend itself have to be told from those to the service.
+        classify::look_at::<F>(&choice.backend.addr);
     }
     let node = maps::node().ok_or(End::drop(Outcome::DropNoNodeAddress))?;
     let scratch = F::scratch().ok_or(End::drop(Outcome::DropFlowTable))?;

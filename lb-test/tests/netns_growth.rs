@@ -61,9 +61,12 @@ struct Load {
 impl Load {
     fn start(cluster: &Cluster) -> Self {
         let mut children = Vec::new();
-        for (from, served, target) in
-            [("client", None, TARGET), ("pod12", None, TARGET), ("node1", Some(1), "10.96.0.10:80")]
-        {
+        for (from, served, target) in [
+            ("client", None, TARGET),
+            ("pod12", None, TARGET),
+            ("pod12", Some(1), "10.96.0.10:80"),
+            ("node1", Some(1), "10.96.0.10:80"),
+        ] {
             let args = ["load", target, "--connections", "50", "--udp", "10", "--secs", "300"];
             children.push((from, cluster.spawn(from, served, &args).unwrap()));
         }

@@ -388,6 +388,33 @@ fn a_direct_connection_from_a_port_that_a_service_saw_before_is_left_alone() {
 }
 
 #[test]
+fn direct_datagrams_from_a_port_that_a_service_saw_before_are_left_alone() {
+    let mut node = node();
+    for world in [&V4, &V6] {
+        let (pod, service) = (world.pod(5003), world.at(&(world.cluster_ip)(REMOTE), 80));
+        let backend = world.at(world.far, 8080);
+        let sock = |addr: &str| addr.parse().unwrap();
+        for _ in 0..2 {
+            let asked = inbound(udp(&pod, &service));
+            let there = asked.clone().between(sock(&pod), sock(&backend)).build();
+            let answered = inbound(udp(&backend, &pod));
+            let back = answered.clone().between(sock(&service), sock(&pod)).build();
+            for _ in 0..2 {
+                expect(&mut node, Run::PodIn, &asked.build(), Verdict::Pass, &there, FromPod);
+                expect(&mut node, Run::PodOut, &answered.build(), Verdict::Pass, &back, Reply);
+            }
+            // Another socket of that port asks the backend itself.
+            let direct = inbound(udp(&pod, &backend)).build();
+            for _ in 0..2 {
+                expect(&mut node, Run::PodIn, &direct, Verdict::Pass, &direct, PassNotOurs);
+                let answer = answered.build();
+                expect(&mut node, Run::PodOut, &answer, Verdict::Pass, &answer, PassNotOurs);
+            }
+        }
+    }
+}
+
+#[test]
 fn refusals_are_answered() {
     let mut node = node();
     for world in [V4, V6] {

@@ -48,6 +48,23 @@ pub fn maybe_vip<F: Family>(daddr: &F::Addr) -> Stage<()> {
     }
 }
 
+/// From now on packets to this address don't end at [`maybe_vip`].
+#[inline(always)]
+pub fn look_at<F: Family>(addr: &F::Addr) {
+    let bit = hash::vip_filter_bit_of_words(addr.as_ref());
+    let Some(word) = VIP_FILTER.get_ptr_mut(bit >> 6) else { return };
+    let mask = 1u64 << (bit & 63);
+    // Mostly it is set already, and every CPU reads this line for every packet.
+    // SAFETY: a word of the map, which lives as long as the program.
+    if unsafe { word.read_volatile() } & mask == 0 {
+        // In one step, for others set bits of the same word; core has no such method for this target.
+        // SAFETY: as above.
+        unsafe {
+            core::arch::asm!("lock *(u64 *)({word} + 0) |= {mask}", word = in(reg) word, mask = in(reg) mask);
+        }
+    }
+}
+
 /// Passes what is another datapath's: all that is new while this one drains, and UDP flows that netfilter had before.
 #[inline(always)]
 pub fn left_to_others<F: Family>(flow: &Flow<F::Addr>) -> Stage<()> {

@@ -10,7 +10,7 @@ use aya_ebpf::{
 use lb_common::{
     abi::{FlowKey, FlowValue, backend_flags, direction, next_hop, role, transmit},
     csum, hash,
-    net::PROTO_TCP,
+    net::{PROTO_TCP, PROTO_UDP},
     outcome::Outcome,
     tcp,
 };
@@ -69,6 +69,31 @@ pub fn lookup<F: Family>(
         return None;
     }
     Some(entry)
+}
+
+/// What this datagram is for is no service: if its client had a flow to one from this very port, with this very backend,
+/// that flow ends here, for answers would be taken for the service's.
+#[inline(always)]
+pub fn leave_to_backend<F: Family>(flow: &Flow<F::Addr>) {
+    if flow.proto != PROTO_UDP {
+        return;
+    }
+    let Some(Scratch { key, twin_key, .. }) = F::scratch() else { return };
+    *key = FlowKey {
+        saddr: flow.daddr,
+        daddr: flow.saddr,
+        sport: flow.dport,
+        dport: flow.sport,
+        proto: flow.proto,
+        direction: direction::OUT,
+        pad: 0,
+    };
+    let Some(reply) = F::flow(key) else { return };
+    if reply.role & role::REPLY != 0 {
+        write_twin_key(twin_key, key, reply);
+        F::remove_flow(twin_key);
+        F::remove_flow(key);
+    }
 }
 
 #[inline(always)]
