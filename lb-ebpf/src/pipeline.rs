@@ -140,7 +140,7 @@ pub fn open<F: Parse, O: Origin, C: Ctx>(ctx: &mut C) -> Stage<End> {
         flow::masquerade::<F>(entry, packet, F::node_addr(node))?;
     }
     flow::insert::<F>(packet, hash, scratch)?;
-    trace::opened::<F, C>(ctx, &scratch.entry);
+    trace::opened::<F>();
     translate::<F, C>(ctx, packet, &scratch.entry, exit)
 }
 

@@ -31,9 +31,9 @@ mod off {
     /// The backend is chosen.
     #[inline(always)]
     pub fn choice<F: Family, C: Ctx>(_: &C, _: &Choice<'_, F::Addr>) {}
-    /// A new flow has its entries.
+    /// A new flow has its entries; its own is in the scratch space.
     #[inline(always)]
-    pub fn opened<F: Family, C: Ctx>(_: &C, _: &FlowValue<F::Addr>) {}
+    pub fn opened<F: Family>() {}
     /// The packet's way has ended.
     #[inline(always)]
     pub fn ended<C: Ctx>(_: &C, _: Hook, _: End) {}
@@ -132,20 +132,13 @@ mod on {
         };
     }
 
-    /// A new flow has its entries.
+    /// A new flow has its entries; its own is in the scratch space.
     #[inline(always)]
-    pub fn opened<F: Family, C: Ctx>(ctx: &C, to: &FlowValue<F::Addr>) {
-        if traced() {
-            info!(
-                ctx.as_ptr(),
-                "flow opened: becomes {:i}:{} > {:i}:{}, role {}",
-                F::shown(&to.saddr),
-                to.sport,
-                F::shown(&to.daddr),
-                to.dport,
-                to.role
-            );
-        }
+    pub fn opened<F: Family>() {
+        match F::ETHERTYPE {
+            ETHERTYPE_IPV4 => trace_opened4(),
+            _ => trace_opened6(),
+        };
     }
 
     /// The packet's way has ended. The agent puts names for the numbers.
@@ -192,6 +185,37 @@ mod on {
             && let Some(backend) = F::backend(id)
         {
             info!((), "backend {}: {:i}:{}", id, F::shown(&backend.addr), backend.port);
+        }
+        0
+    }
+
+    #[inline(never)]
+    #[unsafe(no_mangle)]
+    extern "C" fn trace_opened4() -> u32 {
+        log_opened::<V4>()
+    }
+
+    #[inline(never)]
+    #[unsafe(no_mangle)]
+    extern "C" fn trace_opened6() -> u32 {
+        log_opened::<V6>()
+    }
+
+    #[inline(always)]
+    fn log_opened<F: Family>() -> u32 {
+        if traced()
+            && let Some(scratch) = F::scratch()
+        {
+            let to = &scratch.entry;
+            info!(
+                (),
+                "flow opened: becomes {:i}:{} > {:i}:{}, role {}",
+                F::shown(&to.saddr),
+                to.sport,
+                F::shown(&to.daddr),
+                to.dport,
+                to.role
+            );
         }
         0
     }
