@@ -4,7 +4,7 @@
 //! programmed before the source has reported everything and the node's addresses are known.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     os::fd::AsRawFd,
     path::PathBuf,
@@ -391,6 +391,8 @@ pub struct Worker {
     programmed: Arc<Notify>,
     /// Least time between two writes.
     interval: Duration,
+    /// Time between two looks at what others may have done to what was written.
+    sync_period: Duration,
     /// With `detectLocalMode: NodeCIDR`, what the rules are made with.
     by_pod_cidrs: Option<ByPodCidrs>,
     /// What other modes left; a dry run leaves it alone.
@@ -406,7 +408,7 @@ pub struct Worker {
     synced: bool,
     addressed: bool,
     warnings: BTreeMap<String, Vec<Warning>>,
-    told: Vec<Warning>,
+    told: BTreeSet<Warning>,
     refused: Vec<String>,
 }
 
@@ -456,6 +458,7 @@ impl Worker {
             health,
             programmed,
             interval: config.min_sync_period,
+            sync_period: config.sync_period,
             by_pod_cidrs: ByPodCidrs::new(config),
             retire: (!config.dry_run)
                 .then(|| Retire::new(config.mode, Pins::new(&config.bpf_root), config.replace_kube_proxy)),
@@ -467,7 +470,7 @@ impl Worker {
             synced: false,
             addressed: false,
             warnings: BTreeMap::new(),
-            told: Vec::new(),
+            told: BTreeSet::new(),
             refused: Vec::new(),
         }
     }
@@ -480,7 +483,7 @@ impl Worker {
         let (mut checked, mut retired) = (Instant::now(), None);
         let mut written: Option<Instant> = None;
         loop {
-            let check_every = self.datapath.check_every();
+            let check_every = self.datapath.check_every(self.sync_period);
             let patience = if self.is_retiring() { RETIRE_EVERY.min(check_every) } else { check_every };
             let patience = self.follow_up_in().map_or(patience, |due| due.min(patience));
             let input = inputs.recv_timeout(retry.unwrap_or(patience));
@@ -657,12 +660,12 @@ impl Worker {
 
     /// Logs warnings that are new and those that are gone.
     fn tell(&mut self) {
-        let now: Vec<Warning> =
+        let now: BTreeSet<Warning> =
             self.warnings.values().flatten().chain(self.compiler.warnings()).cloned().collect();
-        for warning in now.iter().filter(|warning| !self.told.contains(warning)) {
+        for warning in now.difference(&self.told) {
             warn!(object = %warning.object, field = %warning.field, problem = %warning.problem, "look at this");
         }
-        for warning in self.told.iter().filter(|warning| !now.contains(warning)) {
+        for warning in self.told.difference(&now) {
             info!(object = %warning.object, field = %warning.field, "warning cleared");
         }
         self.told = now;

@@ -98,7 +98,8 @@ pub struct RunArgs {
     /// Least time between two writes to the kernel; what changes meanwhile is written together [default: 5ms].
     #[arg(long, value_name = "DURATION")]
     min_sync_period: Option<Period>,
-    /// A change that waits for the kernel for twice as long makes /healthz and /livez answer 503 [default: 30s].
+    /// Time between two looks for what others took away from the kernel. A change that waits for it for twice as long makes
+    /// /healthz and /livez answer 503 [default: 30s].
     #[arg(long, value_name = "DURATION")]
     sync_period: Option<Period>,
 }

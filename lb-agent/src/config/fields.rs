@@ -16,7 +16,10 @@ use Here::{Does, Nothing};
 
 const WINDOWS: Here = Nothing("for Windows");
 const NEITHER_LIMITED: Here = Nothing("a handful of watches needs no limit");
-const AT_ONCE: Here = Nothing("changes are watched; drift is looked for every 30 s by itself");
+const SYNC_PERIOD: Here = Does(
+    "time between two looks for what others took away, at least 1s; after twice as long without success /healthz says so",
+);
+const AT_ONCE: Here = Nothing("changes are watched; what others took away is looked for every syncPeriod");
 
 /// All fields, in kube-proxy's order, then ours. Whatever lies below one of them belongs to it.
 pub const FIELDS: &[(&str, Here)] = &[
@@ -58,9 +61,9 @@ pub const FIELDS: &[(&str, Here)] = &[
         "iptables.snatNodeInternalIP",
         Nothing("MASQUERADE takes the address of the way out; ebpf takes the node's main one"),
     ),
-    ("iptables.syncPeriod", Does("after twice this long without success /healthz says so")),
+    ("iptables.syncPeriod", SYNC_PERIOD),
     ("iptables.minSyncPeriod", Does("least time between two writes, in iptables mode")),
-    ("ipvs.syncPeriod", Does("after twice this long without success /healthz says so")),
+    ("ipvs.syncPeriod", SYNC_PERIOD),
     ("ipvs.minSyncPeriod", Does("least time between two writes, in ipvs mode")),
     ("ipvs.scheduler", Does("which destination a connection gets")),
     ("ipvs.excludeCIDRs", Nothing("virtual servers that are not the agent's are always left alone")),
@@ -73,7 +76,7 @@ pub const FIELDS: &[(&str, Here)] = &[
         Does("the bit of the packet mark that asks for masquerading, in nftables mode"),
     ),
     ("nftables.masqueradeAll", Does("all traffic to services is masqueraded, in nftables mode")),
-    ("nftables.syncPeriod", Does("after twice this long without success /healthz says so")),
+    ("nftables.syncPeriod", SYNC_PERIOD),
     ("nftables.minSyncPeriod", Does("least time between two writes, in nftables mode")),
     ("winkernel.networkName", WINDOWS),
     ("winkernel.sourceVip", WINDOWS),

@@ -30,9 +30,9 @@ pub trait Datapath: Send {
         "applied"
     }
 
-    /// How often to ask whether it is intact.
-    fn check_every(&self) -> Duration {
-        CHECK_EVERY
+    /// How often to ask whether it is intact, where the configuration says `syncPeriod`.
+    fn check_every(&self, sync_period: Duration) -> Duration {
+        sync_period.max(CHECK_AT_MOST_EVERY)
     }
 
     /// Whether nobody has taken away what was applied; `table` is what was. Called every [`Datapath::check_every`]; after
@@ -40,8 +40,8 @@ pub trait Datapath: Send {
     fn is_intact(&mut self, table: &ServiceTable) -> bool;
 }
 
-/// How often a datapath is asked whether it is intact.
-pub const CHECK_EVERY: Duration = Duration::from_secs(30);
+/// A datapath is not asked more often whether it is intact.
+const CHECK_AT_MOST_EVERY: Duration = Duration::from_secs(1);
 
 /// What one `apply` did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -87,7 +87,7 @@ impl Datapath for DryRun {
         })
     }
 
-    fn check_every(&self) -> Duration {
+    fn check_every(&self, _: Duration) -> Duration {
         LOOK_EVERY
     }
 
