@@ -1,28 +1,17 @@
 //! Folders of manifests and the tables they become on node1. `UPDATE_EXPECT=1 cargo test -p lb-agent --test golden`
 //! writes the tables anew: read the difference before it is committed.
 
-use std::{
-    fmt::Write as _,
-    path::{Path, PathBuf},
-};
+mod common;
 
-use clap::Parser;
+use std::path::PathBuf;
+
 use expect_test::expect_file;
-use lb_agent::{
-    args::{Args, Command},
-    render::text,
-    source::manifests::Manifests,
-};
-use lb_core::compile::{CompileConfig, Compiler, NodeView};
+use lb_agent::source::manifests::Manifests;
 
 /// A folder of its own with the nodes beside the case's files.
 fn folder(case: &str, purpose: &str) -> PathBuf {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{case}-{purpose}"));
-    let _ = std::fs::remove_dir_all(&dir);
-    std::fs::create_dir_all(&dir).unwrap();
-    std::fs::copy(golden.join("nodes.yaml"), dir.join("nodes.yaml")).unwrap();
-    for entry in std::fs::read_dir(golden.join(case)).unwrap() {
+    let dir = common::folder(&format!("{case}-{purpose}"));
+    for entry in std::fs::read_dir(common::golden().join(case)).unwrap() {
         let path = entry.unwrap().path();
         std::fs::copy(&path, dir.join(path.file_name().unwrap())).unwrap();
     }
@@ -31,20 +20,11 @@ fn folder(case: &str, purpose: &str) -> PathBuf {
 
 fn table(case: &str) -> String {
     let dir = folder(case, "table");
-    let (events, file_warnings) = Manifests::new(dir.clone()).scan().unwrap();
-    let view = NodeView {
-        name: "node1".into(),
-        addresses: ["192.0.2.11", "2001:db8::11"].map(|addr| addr.parse().unwrap()).to_vec(),
-        ..NodeView::default()
-    };
-    let mut compiler = Compiler::new(CompileConfig::default(), view);
+    let (events, of_files) = Manifests::new(dir.clone()).scan().unwrap();
+    let mut compiler = common::compiler();
     events.into_iter().for_each(|event| compiler.apply(event));
     compiler.compile();
-    let mut text = compiler.table().to_string();
-    let of_files = file_warnings.iter().flat_map(|(_, warnings)| warnings);
-    for warning in of_files.chain(compiler.warnings()) {
-        writeln!(text, "warning {}: {}: {}", warning.object, warning.field, warning.problem).unwrap();
-    }
+    let text = common::table(&compiler, of_files.iter().flat_map(|(_, warnings)| warnings));
     text.replace(&format!("{}/", dir.display()), "")
 }
 
@@ -52,15 +32,8 @@ fn iptables(case: &str, options: &[&str]) -> String {
     render("iptables", case, options)
 }
 
-/// What `lb-agent render` prints.
 fn render(mode: &str, case: &str, options: &[&str]) -> String {
-    let dir = folder(case, &format!("{mode}{}", options.concat()));
-    let manifests = dir.display().to_string();
-    let typed = ["lb-agent", "render", "--mode", mode, "--node-name", "node1", "--manifests", &manifests];
-    match Args::parse_from(typed.iter().chain(options)).command {
-        Command::Render(options) => text(&options).unwrap(),
-        other => panic!("{other:?}"),
-    }
+    common::render(mode, &folder(case, &format!("{mode}{}", options.concat())), options)
 }
 
 /// The rules that kube-proxy's own test expects; the expectation was compared with its text line by line.
