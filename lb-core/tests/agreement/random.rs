@@ -183,6 +183,42 @@ impl Scene {
     }
 }
 
+/// Something that happens to one of a few objects: Services, their slices, and Nodes.
+pub fn event(random: &mut Random) -> Event {
+    let i = random.below(4);
+    let service = service(i, random);
+    let family = *random.pick(&[Family::V4, Family::V6]);
+    let slice = slice(&service, family, random.below(2), random);
+    let node = *random.pick(&["node-1", "node-2", "node-3"]);
+    match random.below(16) {
+        0..5 => Event::Service(service),
+        5 => Event::ServiceGone(service.name),
+        6..11 => Event::EndpointSlice(slice),
+        11 => Event::EndpointSliceGone(slice.name),
+        // What this node knew of itself outlives its own Node object.
+        12 if node != "node-1" => Event::NodeGone(node.into()),
+        _ => Event::Node(Node {
+            name: node.into(),
+            addresses: random.some(
+                2,
+                &[&OWN[..], &OTHER[..], &EXTERNAL[..2]]
+                    .concat()
+                    .iter()
+                    .map(|addr| ip(addr))
+                    .collect::<Vec<_>>(),
+            ),
+            zone: random.once_in(2).then(|| (*random.pick(&["a", "b"])).into()),
+            pod_cidrs: Vec::new(),
+            eligible: random.once_in(2),
+        }),
+    }
+}
+
+/// Addresses that this node may have one day.
+pub fn addresses(random: &mut Random) -> Vec<IpAddr> {
+    random.some(2, &[&OWN[..], &["198.51.100.1"]].concat().iter().map(|addr| ip(addr)).collect::<Vec<_>>())
+}
+
 fn policy(random: &mut Random) -> Policy {
     let node_port_addresses: &[&[&str]] = &[
         &[],

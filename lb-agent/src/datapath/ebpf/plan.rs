@@ -150,10 +150,14 @@ pub struct Planner {
     generations: BTreeMap<(Family, u32), u32>,
     slots: RangePool,
     retired: Vec<SlotRange>,
+    /// Found in the kernel, and no list of the first table: frontends point there until the first plan has been written.
+    unclaimed: Vec<SlotRange>,
     retired_ids: Vec<(Family, u32)>,
     /// Found in the kernel and claimed by no service of the first table.
     orphans: Vec<((Family, u32), PlannedBackend)>,
     orphan_ranges: Vec<(u32, IpNet)>,
+    /// Lost a frontend with source ranges in this plan.
+    perhaps_unrestricted: BTreeSet<ServicePortId>,
 }
 
 /// Service ids are 32 bits wide; this many are plenty.
@@ -175,9 +179,11 @@ impl Planner {
             generations: actual.backends.iter().map(|(key, backend)| (*key, backend.generation)).collect(),
             slots: RangePool::new(capacity.slots),
             retired: Vec::new(),
+            unclaimed: Vec::new(),
             retired_ids: Vec::new(),
             orphans: Vec::new(),
             orphan_ranges: Vec::new(),
+            perhaps_unrestricted: BTreeSet::new(),
         };
         actual.frontends.keys().for_each(|addr| planner.held.frontends[of(addr.addr)] += 1);
         actual.vips.keys().for_each(|addr| planner.held.vips[of(*addr)] += 1);
@@ -196,26 +202,29 @@ impl Planner {
         }
         ranges.retain(|(first, count)| planner.slots.reserve(*first, *count));
         planner.adopt_services(&actual, table, &mut ranges);
-        planner.retired.extend(ranges.into_iter().map(|(first, count)| SlotRange { first, count }));
+        planner.unclaimed.extend(ranges.into_iter().map(|(first, count)| SlotRange { first, count }));
         planner
     }
 
     fn adopt_services(&mut self, actual: &Actual, table: &ServiceTable, ranges: &mut BTreeSet<(u32, u32)>) {
         let mut owners: BTreeMap<u32, ServicePortId> = BTreeMap::new();
-        for (addr, frontend) in &table.frontends {
+        // ClusterIPs first: other frontends may have gone from one Service to another since, their id is the other's.
+        let mut frontends: Vec<(&FrontendAddr, &Frontend)> = table.frontends.iter().collect();
+        frontends.sort_by_key(|(addr, frontend)| (frontend.kind, **addr));
+        for (addr, frontend) in frontends {
             let Some(value) = actual.frontends.get(addr) else { continue };
-            let owner = owners.entry(value.service_id).or_insert_with(|| frontend.service.clone());
-            if *owner != frontend.service {
+            let known = self.programmed.get(&frontend.service).map(|programmed| programmed.service_id);
+            if known.is_some_and(|id| id != value.service_id)
+                || owners.get(&value.service_id).is_some_and(|owner| *owner != frontend.service)
+            {
                 continue;
             }
+            owners.entry(value.service_id).or_insert_with(|| frontend.service.clone());
             let programmed = self.programmed.entry(frontend.service.clone()).or_insert_with(|| Programmed {
                 service_id: value.service_id,
                 affinity_secs: value.affinity_secs,
                 ..Programmed::default()
             });
-            if programmed.service_id != value.service_id {
-                continue;
-            }
             for (range, local) in [
                 (value.external, value.flags & flag::EXTERNAL_LOCAL_LIST != 0),
                 (value.internal, value.flags & flag::INTERNAL_LOCAL_LIST != 0),
@@ -241,9 +250,17 @@ impl Planner {
             }
         }
         for (service_id, range) in &actual.source_ranges {
-            match owners.get(service_id).and_then(|owner| self.programmed.get_mut(owner)) {
-                Some(programmed) => drop(programmed.source_ranges.insert(*range)),
-                None => self.orphan_ranges.push((*service_id, *range)),
+            let owner = owners.get(service_id);
+            match owner.and_then(|owner| Some((owner, self.programmed.get_mut(owner)?))) {
+                Some((owner, programmed)) => {
+                    programmed.source_ranges.insert(*range);
+                    self.perhaps_unrestricted.insert(owner.clone());
+                }
+                None => {
+                    // Nobody else gets its id before it is deleted.
+                    self.service_ids.reserve(*service_id);
+                    self.orphan_ranges.push((*service_id, *range));
+                }
             }
         }
         for (addr, value) in &actual.frontends {
@@ -259,6 +276,7 @@ impl Planner {
     /// of them only, the oldest get it.
     pub fn plan(&mut self, table: &ServiceTable, changes: &Changes) -> (Vec<Op>, Vec<Refusal>) {
         self.reuse();
+        self.retired.append(&mut self.unclaimed);
         let mut writes = Writes::default();
         let mut services: Vec<&ServicePortId> = changes.services.iter().collect();
         let mut flips = changes.frontends.clone();
@@ -303,6 +321,7 @@ impl Planner {
         for id in services.into_iter().filter(|id| !table.services.contains_key(*id)) {
             self.forget_service(id, &mut writes);
         }
+        self.forget_unused_ranges(&mut writes);
         for ((family, id), backend) in std::mem::take(&mut self.orphans) {
             self.kill(family, id, backend, &mut writes);
         }
@@ -520,21 +539,23 @@ impl Planner {
             return Err(Full::Frontends(family));
         };
         let is_new = !self.frontends.contains_key(&addr);
-        if is_new && self.held.frontends[index(family)] >= self.capacity.frontends[index(family)]
-            || !self.vips.contains_key(&addr.addr)
-        {
+        let has_room = self.held.frontends[index(family)] < self.capacity.frontends[index(family)];
+        if is_new && !(has_room && self.vips.contains_key(&addr.addr)) {
             return Err(Full::Frontends(family));
         }
-        let added: Vec<IpNet> = frontend
+        let mut added: Vec<IpNet> = frontend
             .source_ranges
             .iter()
             .filter(|net| !programmed.source_ranges.contains(net))
             .copied()
             .collect();
         let room = self.capacity.source_ranges[index(family)] - self.held.source_ranges[index(family)];
-        if added.len() > room as usize {
+        let fits = added.len() <= room as usize;
+        if !fits && is_new {
             return Err(Full::SourceRanges(family));
         }
+        // One that is served has to follow its backends: who has no room among its sources is not let in.
+        added.truncate(room as usize);
         self.held.source_ranges[index(family)] += added.len() as u32;
         programmed.source_ranges.extend(&added);
         writes.ranges.extend(added.into_iter().map(|net| Op::SourceRange(programmed.service_id, net)));
@@ -555,11 +576,12 @@ impl Planner {
         self.held.frontends[index(family)] += u32::from(is_new);
         let value = frontend_value(frontend, programmed);
         programmed.frontends.insert(addr);
-        if let Some((Some(owner), _)) = self.frontends.get(&addr)
-            && *owner != frontend.service
-            && let Some(owner) = self.programmed.get_mut(owner)
-        {
-            owner.frontends.remove(&addr);
+        match self.frontends.get(&addr).cloned() {
+            Some((Some(owner), before)) if owner != frontend.service => self.disown(addr, before, &owner),
+            Some((Some(owner), before)) if before.flags & !value.flags & flag::SOURCE_RANGES != 0 => {
+                self.perhaps_unrestricted.insert(owner);
+            }
+            _ => {}
         }
         let entry = (Some(frontend.service.clone()), value);
         if self.frontends.get(&addr) != Some(&entry) {
@@ -569,15 +591,40 @@ impl Planner {
                 writes.frontends.push(Op::Frontend(addr, value));
             }
         }
-        Ok(())
+        if fits { Ok(()) } else { Err(Full::SourceRanges(family)) }
     }
 
     fn forget_frontend(&mut self, addr: FrontendAddr, writes: &mut Writes) {
-        if let Some((owner, _)) = self.frontends.remove(&addr) {
+        if let Some((owner, value)) = self.frontends.remove(&addr) {
             self.deleted.frontends[of(addr.addr)] += 1;
             writes.delete_frontends.push(Op::DeleteFrontend(addr));
-            if let Some(owner) = owner.and_then(|owner| self.programmed.get_mut(&owner)) {
-                owner.frontends.remove(&addr);
+            if let Some(owner) = owner {
+                self.disown(addr, value, &owner);
+            }
+        }
+    }
+
+    /// A service port has one frontend less, and perhaps no more use for its source ranges.
+    fn disown(&mut self, addr: FrontendAddr, value: FrontendValue, owner: &ServicePortId) {
+        if let Some(programmed) = self.programmed.get_mut(owner) {
+            programmed.frontends.remove(&addr);
+            if value.flags & flag::SOURCE_RANGES != 0 {
+                self.perhaps_unrestricted.insert(owner.clone());
+            }
+        }
+    }
+
+    /// Source ranges that no frontend asks for any more.
+    fn forget_unused_ranges(&mut self, writes: &mut Writes) {
+        for id in std::mem::take(&mut self.perhaps_unrestricted) {
+            let Some(programmed) = self.programmed.get_mut(&id) else { continue };
+            let asks =
+                |addr| self.frontends.get(addr).is_some_and(|(_, it)| it.flags & flag::SOURCE_RANGES != 0);
+            if !programmed.frontends.iter().any(asks) {
+                let service_id = programmed.service_id;
+                for net in std::mem::take(&mut programmed.source_ranges) {
+                    self.delete_range(service_id, net, writes);
+                }
             }
         }
     }
