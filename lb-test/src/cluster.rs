@@ -385,11 +385,22 @@ impl Cluster {
 
     /// Starts a client that goes on by itself.
     pub fn spawn(&self, from: &str, served: Option<u8>, args: &[&str]) -> Result<Child> {
+        self.spawn_told(from, served, args, Stdio::null())
+    }
+
+    /// The same, with something to listen to.
+    pub(crate) fn spawn_told(
+        &self,
+        from: &str,
+        served: Option<u8>,
+        args: &[&str],
+        told: Stdio,
+    ) -> Result<Child> {
         let mut command = match served {
             Some(node) => self.lab.command_in(from, &format!("node{node}/{from}"), &program("netapp"))?,
             None => self.lab.command(from, &program("netapp")),
         };
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(args).stdin(told).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().context("start netapp")
     }
 }
