@@ -217,6 +217,20 @@ impl Cluster {
         self.apply("nodes.yaml", &node_manifests())
     }
 
+    /// kube-proxy's configuration file, for agents that are told to read one.
+    pub fn config_file(&self) -> PathBuf {
+        self.lab.dir().join("config.conf")
+    }
+
+    /// Writes it in place of the old one at once, as the kubelet does.
+    pub fn configure(&self, fields: &str) -> Result<()> {
+        let text =
+            format!("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n{fields}\n");
+        let (path, draft) = (self.config_file(), self.lab.dir().join("config.new"));
+        fs::write(&draft, text).with_context(|| format!("write {}", draft.display()))?;
+        fs::rename(draft, &path).with_context(|| format!("write {}", path.display()))
+    }
+
     /// Starts a server in a namespace, on all addresses.
     pub fn serve(&mut self, ns: &str, port: u16) -> Result<()> {
         self.serve_as(ns, ns, port)

@@ -585,7 +585,7 @@ fn load_udp_stream(target: SocketAddr, counts: &Counts, over: &AtomicBool) {
         let any: SocketAddr = if target.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
         let socket = UdpSocket::bind(any)?;
         socket.connect(target)?;
-        socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+        socket.set_read_timeout(Some(patience(Duration::from_secs(5))))?;
         let (mut first, mut buffer) = (Vec::new(), [0; 2048]);
         while !over.load(Ordering::Relaxed) {
             socket.send(b"id")?;
