@@ -70,6 +70,7 @@ const IN_VM: [(&str, &[InVm]); 2] = [
                     "udp_goes_on_when_the_server_pod_cycles_for_a_node_port",
                     "udp_goes_on_when_the_target_port_changes",
                     "udp_to_a_foreign_host_at_a_node_ports_number_is_not_cut",
+                    "what_conntrack_forgot_is_counted",
                 ],
             ),
             (
@@ -87,7 +88,7 @@ const IN_VM: [(&str, &[InVm]); 2] = [
 ];
 
 /// Tests that take minutes and repeat much of what others there show: they run if the ring is named.
-const IN_VM_IF_NAMED: [&str; 16] = [
+const IN_VM_IF_NAMED: [&str; 17] = [
     "every_path_with_bridged_pods",
     "every_path_with_routed_pods",
     "every_path_with_iptables",
@@ -100,6 +101,7 @@ const IN_VM_IF_NAMED: [&str; 16] = [
     "connected_udp_sockets_get_an_error_when_their_backend_is_gone_if_told_so",
     "tcp_to_a_terminating_backend_goes_on",
     "the_invalid_conntrack_state_bug_does_no_harm",
+    "udp_goes_on_when_initially_unready_endpoints_get_ready",
     "udp_goes_on_when_the_server_pod_cycles_and_the_client_is_on_the_hosts_network",
     "udp_goes_on_when_the_server_pod_cycles_for_a_cluster_ip_with_internal_traffic_policy_local",
     "udp_goes_on_when_the_target_port_changes",
