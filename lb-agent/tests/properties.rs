@@ -2,10 +2,13 @@
 //! table, and no write on the way there leaves a frontend that points to a slot without a live backend.
 
 #[path = "../../lb-core/tests/agreement/random.rs"]
-#[allow(dead_code, reason = "the other test asks for more")]
+#[expect(dead_code, reason = "the other test asks for more")]
 mod random;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 use lb_agent::datapath::ebpf::{
@@ -16,10 +19,10 @@ use lb_common::abi::{SlotRange, backend_flags};
 use lb_core::{
     compile::{Compiler, compile},
     flow::Dialect,
-    model::Family,
+    model::{Event, Family, Node},
     table::{Changes, FrontendAddr, ServiceTable},
 };
-use random::{Random, Scene, addresses, event};
+use random::{EXTERNAL, OTHER, OWN, Random, Scene, ip, service, slice};
 
 /// Clusters, and what happens to each.
 const CLUSTERS: u64 = 150;
@@ -79,7 +82,7 @@ fn slots(range: SlotRange) -> std::ops::Range<u32> {
 #[derive(Debug, Default, PartialEq)]
 struct Served {
     frontends: BTreeMap<FrontendAddr, Frontend>,
-    vips: BTreeMap<std::net::IpAddr, u32>,
+    vips: BTreeMap<IpAddr, u32>,
 }
 
 /// Flags, affinity, backends with their flags for packets from outside and of this node, and allowed sources.
@@ -106,6 +109,34 @@ fn served(maps: &Actual) -> Served {
         )
     };
     Served { frontends: maps.frontends.iter().map(frontend).collect(), vips: maps.vips.clone() }
+}
+
+/// Something that happens to one of a few objects: Services, their slices, and Nodes.
+fn event(random: &mut Random) -> Event {
+    let i = random.below(4);
+    let service = service(i, random);
+    let family = *random.pick(&[Family::V4, Family::V6]);
+    let slice = slice(&service, family, random.below(2), random);
+    let node = *random.pick(&["node-1", "node-2", "node-3"]);
+    match random.below(16) {
+        0..5 => Event::Service(service),
+        5 => Event::ServiceGone(service.name),
+        6..11 => Event::EndpointSlice(slice),
+        11 => Event::EndpointSliceGone(slice.name),
+        // What this node knew of itself outlives its own Node object.
+        12 if node != "node-1" => Event::NodeGone(node.into()),
+        _ => Event::Node(Node {
+            name: node.into(),
+            addresses: some_of(&[&OWN[..], &OTHER[..], &EXTERNAL[..2]].concat(), random),
+            zone: random.once_in(2).then(|| (*random.pick(&["a", "b"])).into()),
+            pod_cidrs: Vec::new(),
+            eligible: random.once_in(2),
+        }),
+    }
+}
+
+fn some_of(addresses: &[&str], random: &mut Random) -> Vec<IpAddr> {
+    random.some(2, addresses).into_iter().map(ip).collect()
 }
 
 /// Names what differs: all of it would be too much to read.
@@ -148,7 +179,7 @@ fn live(seed: u64, room: Capacity) -> usize {
     for _ in 0..EVENTS {
         match random.below(12) {
             0 => {
-                view.addresses = addresses(&mut random);
+                view.addresses = some_of(&[&OWN[..], &["198.51.100.1"]].concat(), &mut random);
                 compiler.set_addresses(view.addresses.clone());
             }
             _ => compiler.apply(event(&mut random)),

@@ -217,6 +217,20 @@ impl Cluster {
         self.apply("nodes.yaml", &node_manifests())
     }
 
+    /// kube-proxy's configuration file, for agents that are told to read one.
+    pub fn config_file(&self) -> PathBuf {
+        self.lab.dir().join("config.conf")
+    }
+
+    /// Writes it in place of the old one at once, as the kubelet does.
+    pub fn configure(&self, fields: &str) -> Result<()> {
+        let text =
+            format!("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n{fields}\n");
+        let (path, draft) = (self.config_file(), self.lab.dir().join("config.new"));
+        fs::write(&draft, text).with_context(|| format!("write {}", draft.display()))?;
+        fs::rename(draft, &path).with_context(|| format!("write {}", path.display()))
+    }
+
     /// Starts a server in a namespace, on all addresses.
     pub fn serve(&mut self, ns: &str, port: u16) -> Result<()> {
         self.serve_as(ns, ns, port)
@@ -385,11 +399,22 @@ impl Cluster {
 
     /// Starts a client that goes on by itself.
     pub fn spawn(&self, from: &str, served: Option<u8>, args: &[&str]) -> Result<Child> {
+        self.spawn_told(from, served, args, Stdio::null())
+    }
+
+    /// The same, with something to listen to.
+    pub(crate) fn spawn_told(
+        &self,
+        from: &str,
+        served: Option<u8>,
+        args: &[&str],
+        told: Stdio,
+    ) -> Result<Child> {
         let mut command = match served {
             Some(node) => self.lab.command_in(from, &format!("node{node}/{from}"), &program("netapp"))?,
             None => self.lab.command(from, &program("netapp")),
         };
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(args).stdin(told).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().context("start netapp")
     }
 }
@@ -416,19 +441,6 @@ pub fn finish(mut child: Child) -> Result<String> {
     }
     std::io::stderr().write_all(err.as_bytes())?;
     Ok(out)
-}
-
-/// Ends a load whose work is done and returns its report; fails if it had ended before.
-pub fn end_load(mut load: Child) -> Result<serde_json::Value> {
-    if let Some(status) = load.try_wait()? {
-        bail!(
-            "the load ended too early, with {status}: {}",
-            finish(load).unwrap_or_else(|error| error.to_string())
-        );
-    }
-    // SAFETY: a plain system call; the child has not been waited for.
-    unsafe { libc::kill(load.id() as i32, libc::SIGTERM) };
-    Ok(serde_json::from_str(&finish(load)?)?)
 }
 
 /// A binary built beside the running one.

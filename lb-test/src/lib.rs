@@ -10,6 +10,7 @@ pub mod apiserver;
 pub mod cluster;
 pub mod e2e;
 pub mod flows;
+pub mod load;
 pub mod netns;
 pub mod object;
 pub mod packet;
@@ -36,9 +37,14 @@ pub fn until(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// Are we in the test VM? Its kernel alone has IPVS.
+pub fn is_vm() -> bool {
+    std::env::var_os("IN_VM").is_some()
+}
+
 /// Are we in the test VM? If not, says that this test needs it.
 pub fn in_vm(test: &str) -> bool {
-    let inside = std::env::var_os("IN_VM").is_some();
+    let inside = is_vm();
     if !inside {
         // Not by print!, which libtest captures.
         let _ = writeln!(std::io::stdout(), "\nSKIP {test}: runs in the test VM only (cargo xtask test vm)");

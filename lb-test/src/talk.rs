@@ -23,8 +23,8 @@ pub struct Talk {
     heard: Vec<Answer>,
 }
 
-/// How long a talk goes on if nobody ends it, in seconds.
-const LONGEST: &str = "120";
+/// How long a talk goes on if nobody ends it.
+const LONGEST: Duration = Duration::from_secs(120);
 
 impl Talk {
     /// One UDP socket that asks again and again, from this port.
@@ -35,8 +35,8 @@ impl Talk {
         port: u16,
         more: &[&str],
     ) -> Result<Self> {
-        let port = port.to_string();
-        let args = ["talk", target, "--secs", LONGEST, "--source-port", &port];
+        let (port, longest) = (port.to_string(), patience(LONGEST).as_secs().to_string());
+        let args = ["talk", target, "--secs", &longest, "--source-port", &port];
         Self::start(cluster, from, served, &[&args, more].concat())
     }
 
@@ -47,7 +47,8 @@ impl Talk {
         target: &str,
         more: &[&str],
     ) -> Result<Self> {
-        Self::start(cluster, from, served, &[&["talk-tcp", target, "--secs", LONGEST], more].concat())
+        let longest = patience(LONGEST).as_secs().to_string();
+        Self::start(cluster, from, served, &[&["talk-tcp", target, "--secs", &longest], more].concat())
     }
 
     fn start(cluster: &Cluster, from: &str, served: Option<u8>, args: &[&str]) -> Result<Self> {

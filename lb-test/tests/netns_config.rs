@@ -1,13 +1,14 @@
 //! kube-proxy's configuration file: what it says is what the node does, also after it has changed.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{fs, time::Duration};
 
 use lb_test::{
-    cluster::{Cluster, Cni, end_load, node_ip, pod_ip},
+    cluster::{Cluster, Cni, node_ip, pod_ip},
+    load::Load,
     netns, until,
 };
 
-/// One service with an endpoint on each node; agents read `config.conf` of [`config`].
+/// One service with an endpoint on each node; agents read the configuration file.
 fn cluster(cni: Cni, fields: &str) -> Cluster {
     let mut cluster = Cluster::new(cni, 2).expect("a cluster of namespaces");
     for host in ["pod11", "pod21"] {
@@ -21,23 +22,10 @@ fn cluster(cni: Cni, fields: &str) -> Cluster {
          kind: EndpointSlice\nmetadata: {{name: web-1, labels: {{kubernetes.io/service-name: web}}}}\naddressType: IPv4\nports: [{{port: 8080}}]\nendpoints: [{endpoints}]\n"
     );
     cluster.apply("web.yaml", &web).unwrap();
-    write(&cluster, fields);
-    cluster.agent_options = vec!["--config".into(), config(&cluster).display().to_string()];
+    cluster.configure(fields).unwrap();
+    cluster.agent_options = vec!["--config".into(), cluster.config_file().display().to_string()];
     cluster.start_agents(&[1, 2]).expect("agents");
     cluster
-}
-
-fn config(cluster: &Cluster) -> PathBuf {
-    cluster.lab.dir().join("config.conf")
-}
-
-/// In place of the old file at once, as the kubelet does.
-fn write(cluster: &Cluster, fields: &str) {
-    let text =
-        format!("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n{fields}\n");
-    let new = cluster.lab.dir().join("config.new");
-    fs::write(&new, text).unwrap();
-    fs::rename(new, config(cluster)).unwrap();
 }
 
 fn on_node1(cluster: &Cluster, words: &str) -> String {
@@ -51,13 +39,13 @@ const LIMIT: Duration = Duration::from_secs(20);
 #[test]
 fn a_changed_file_takes_effect_without_a_restart() {
     let cluster = cluster(Cni::Routed, "mode: iptables\nclusterCIDR: 10.244.0.0/16");
-    let load = ["load", "10.96.0.10:80", "--connections", "10", "--udp", "0", "--secs", "300"];
-    let running = cluster.spawn("pod12", None, &load).unwrap();
+    let clients = ["--connections", "10", "--udp", "0"];
+    let load = Load::start(&cluster, ("pod12", None), "10.96.0.10:80", &clients).unwrap();
     let nat = || on_node1(&cluster, "iptables-save -t nat");
     let only_others = "! -s 10.244.0.0/16 -d 10.96.0.10/32";
     assert!(nat().contains(only_others), "{}", nat());
 
-    write(&cluster, "mode: iptables\nclusterCIDR: 10.244.0.0/16\niptables: {masqueradeAll: true}");
+    cluster.configure("mode: iptables\nclusterCIDR: 10.244.0.0/16\niptables: {masqueradeAll: true}").unwrap();
     // Also in a cluster that is never at rest.
     let mut turns = 0;
     until("all is masqueraded", LIMIT, || {
@@ -70,7 +58,7 @@ fn a_changed_file_takes_effect_without_a_restart() {
     });
 
     // What can't be used changes nothing.
-    write(&cluster, "mode: kernelspace");
+    cluster.configure("mode: kernelspace").unwrap();
     let log = || fs::read_to_string(cluster.agent_log(1)).unwrap();
     let refused = "mode: \\\"kernelspace\\\" is not auto, ebpf, nftables, iptables or ipvs";
     until("the file is refused", LIMIT, || log().contains(refused));
@@ -79,7 +67,7 @@ fn a_changed_file_takes_effect_without_a_restart() {
     );
 
     // Nor does what can't be begun with: no device has that address.
-    write(&cluster, "mode: iptables\nclusterCIDR: 10.244.0.0/16\nhealthzBindAddress: 203.0.113.1");
+    cluster.configure("mode: iptables\nclusterCIDR: 10.244.0.0/16\nhealthzBindAddress: 203.0.113.1").unwrap();
     until("the last configuration holds", LIMIT, || {
         log().matches("the last one holds").count() == 2 && log().contains("listen on 203.0.113.1:10256")
     });
@@ -89,25 +77,23 @@ fn a_changed_file_takes_effect_without_a_restart() {
             && cluster.tcp("pod12", None, "10.96.0.10:80").unwrap().id.is_some()
     });
 
-    write(&cluster, "mode: nftables\nclusterCIDR: 10.244.0.0/16\nconntrack: {tcpCloseWaitTimeout: 77s}");
+    cluster
+        .configure("mode: nftables\nclusterCIDR: 10.244.0.0/16\nconntrack: {tcpCloseWaitTimeout: 77s}")
+        .unwrap();
     until("nftables serves in place of iptables", LIMIT, || {
         on_node1(&cluster, "nft list tables ip").contains("kube-proxy") && !nat().contains("KUBE-SVC-")
     });
     let timeout = on_node1(&cluster, "cat /proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait");
     assert_eq!(timeout.trim(), "77");
 
-    write(&cluster, "lb: {mode: ebpf}");
+    cluster.configure("lb: {mode: ebpf}").unwrap();
     until("the programs serve", LIMIT, || {
         cluster.agent(1, &["service", "list"]).is_ok_and(|services| services.contains("10.96.0.10:80/TCP"))
     });
     // The same processes all the while, and no connection was cut.
     assert_eq!(log().matches("a new configuration").count(), 4, "{}", log());
     assert!(!log().contains("stopping"));
-    let report = end_load(running).unwrap();
-    for failure in ["resets", "timeouts", "wrong"] {
-        assert_eq!(report[failure], 0, "{report}");
-    }
-    assert!(report["requests"].as_u64().is_some_and(|requests| requests > 100), "{report}");
+    load.stop_unharmed();
 }
 
 /// Whom the endpoint sees.

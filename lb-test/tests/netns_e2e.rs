@@ -8,8 +8,9 @@ use std::{
 };
 
 use lb_test::{
-    cluster::{CLIENT, Cluster, end_load, node_ip, pod_ip},
+    cluster::{CLIENT, Cluster, node_ip, pod_ip},
     e2e::{HTTP, INSIDE, answers, cluster, expect, http, nodes, on, service, slices},
+    load::Load,
     netns, until,
 };
 
@@ -610,10 +611,9 @@ fn should_not_have_connectivity_disruption_during_rolling_update(cluster: &mut C
             &targets[0],
             if policy == "Local" { &["pod11"] } else { &["pod11", "pod21"] },
         );
-        let loads = targets.each_ref().map(|target| {
-            let load = ["load", target, "--connections", "10", "--udp", "0", "--secs", "300"];
-            cluster.spawn("client", None, &load).unwrap()
-        });
+        let clients = ["--connections", "10", "--udp", "0"];
+        let start = |target: &String| Load::start(cluster, ("client", None), target, &clients).unwrap();
+        let loads = targets.each_ref().map(start);
         let terminating = |pod: &str| format!("{pod} {TERMINATING}");
         for endpoints in [
             [&["pod11".to_owned(), "pod12".into(), "pod21".into(), "pod22".into()][..]].concat(),
@@ -624,14 +624,8 @@ fn should_not_have_connectivity_disruption_during_rolling_update(cluster: &mut C
             std::thread::sleep(Duration::from_millis(1500));
             web(&endpoints.iter().map(String::as_str).collect::<Vec<_>>());
         }
-        for load in loads {
-            let report = end_load(load).unwrap();
-            // Servers don't end here: whoever was connected stays so.
-            for failure in ["resets", "timeouts", "wrong"] {
-                assert_eq!(report[failure], 0, "{policy}: {report}");
-            }
-            assert!(report["requests"].as_u64().is_some_and(|requests| requests > 100), "{report}");
-        }
+        // Servers don't end here: whoever was connected stays so.
+        loads.into_iter().for_each(Load::stop_unharmed);
     }
 }
 

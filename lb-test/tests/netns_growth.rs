@@ -1,11 +1,12 @@
 //! Maps of Services that become too small while real connections go on through them.
 
-use std::{fmt::Write as _, fs, path::PathBuf, process::Child, time::Duration};
+use std::{fmt::Write as _, fs, path::PathBuf, time::Duration};
 
 use lb_common::abi::LAYOUT_VERSION;
 use lb_test::{
-    cluster::{Cluster, Cni, bpftool, end_load, node_ip, pod_ip},
+    cluster::{Cluster, Cni, bpftool, node_ip, pod_ip},
     flows::cluster,
+    load::Load,
     patience, until,
 };
 use serde_json::Value;
@@ -54,37 +55,17 @@ fn wait_for(cluster: &Cluster, i: u32) {
 }
 
 /// Connections that go on through all that happens, from outside, from a pod and from the node, and new ones all the time.
-struct Load {
-    children: Vec<(&'static str, Child)>,
-}
-
-impl Load {
-    fn start(cluster: &Cluster) -> Self {
-        let mut children = Vec::new();
-        for (from, served, target) in [
-            ("client", None, TARGET),
-            ("pod12", None, TARGET),
-            ("pod12", Some(1), "10.96.0.10:80"),
-            ("node1", Some(1), "10.96.0.10:80"),
-        ] {
-            let args = ["load", target, "--connections", "50", "--udp", "10", "--secs", "300"];
-            children.push((from, cluster.spawn(from, served, &args).unwrap()));
-        }
-        std::thread::sleep(Duration::from_secs(1));
-        Self { children }
-    }
-
-    /// Ends it: nothing was reset, late, lost or answered by somebody else.
-    fn check(self) {
-        for (from, child) in self.children {
-            let report = end_load(child).unwrap();
-            println!("{from}: {report}");
-            for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
-                assert_eq!(report[failure], 0, "{from}: {report}");
-            }
-            assert!(report["requests"].as_u64().unwrap() > 1_000, "{from}: {report}");
-        }
-    }
+fn load(cluster: &Cluster) -> Vec<Load> {
+    let ways = [
+        ("client", None, TARGET),
+        ("pod12", None, TARGET),
+        ("pod12", Some(1), "10.96.0.10:80"),
+        ("node1", Some(1), "10.96.0.10:80"),
+    ];
+    let clients = ["--connections", "50", "--udp", "10"];
+    let loads = ways.map(|(from, served, target)| Load::start(cluster, (from, served), target, &clients));
+    std::thread::sleep(Duration::from_secs(1));
+    loads.into_iter().map(Result::unwrap).collect()
 }
 
 /// New connections from everywhere are served.
@@ -108,7 +89,7 @@ fn grow(options: &[&str], programs: impl Fn(&[String])) {
     let cluster = cluster(Cni::Bridge, options);
     let before = room(&cluster, "LB4_BACKENDS");
     assert!(before < 20_000, "{before}: as small as a small cluster needs");
-    let load = Load::start(&cluster);
+    let loads = load(&cluster);
     cluster.apply("many.yaml", &many(5_000, 4)).unwrap();
     for i in [0, 2_500, 4_999] {
         wait_for(&cluster, i);
@@ -119,7 +100,7 @@ fn grow(options: &[&str], programs: impl Fn(&[String])) {
         assert!(answers.iter().any(|answer| answer.id.as_deref() == Some("pod21")), "{target}: {answers:?}");
     }
     check_new(&cluster);
-    load.check();
+    loads.into_iter().for_each(Load::stop_unharmed);
     for (map, least) in
         [("LB4_FRONTENDS", 5_000), ("LB4_VIPS", 5_000), ("LB4_BACKENDS", 20_000), ("SLOTS", 20_000)]
     {
@@ -152,7 +133,7 @@ fn an_agent_that_is_killed_while_maps_grow_leaves_a_node_that_serves() {
     let mut cluster = cluster(Cni::Bridge, &["--map-entries-max", "128"]);
     cluster.apply("many.yaml", &many(900, 1)).unwrap();
     wait_for(&cluster, 10);
-    let load = Load::start(&cluster);
+    let loads = load(&cluster);
     let next = pins(&cluster).join("LB4_FRONTENDS_NEXT");
     let mut left_behind = 0;
     for round in 1..=3u32 {
@@ -175,7 +156,7 @@ fn an_agent_that_is_killed_while_maps_grow_leaves_a_node_that_serves() {
     wait_for(&cluster, 899);
     assert!(left_behind >= 3, "only {left_behind} agents were killed on the way");
     assert!(!next.exists());
-    load.check();
+    loads.into_iter().for_each(Load::stop_unharmed);
 }
 
 #[test]

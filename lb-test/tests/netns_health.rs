@@ -12,7 +12,7 @@ use std::{
 
 use lb_test::{
     cluster::{Cluster, Cni, node_ip, node_ip6, pod_ip, program},
-    netns, patience,
+    is_vm, netns, patience,
 };
 use serde_json::Value;
 
@@ -155,6 +155,8 @@ fn cluster(options: &[&str]) -> Cluster {
 
 const IPTABLES: &[&str] = &["--mode", "iptables", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
 const NFTABLES: &[&str] = &["--mode", "nftables", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
+/// For the test VM, whose kernel alone has it.
+const IPVS: &[&str] = &["--mode", "ipvs", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
 
 #[test]
 fn health_check_node_port_follows_the_endpoints_of_its_node() {
@@ -210,7 +212,7 @@ fn health_check_node_port_answers_where_node_ports_do() {
 
 #[test]
 fn health_check_node_port_should_fail_with_only_terminating_endpoints() {
-    for options in [&[][..], IPTABLES] {
+    for options in if is_vm() { &[IPVS][..] } else { &[&[], IPTABLES] } {
         let mut cluster = cluster(options);
         let mut web = Balanced::new(1, 1, READY);
         web.apply(&cluster);
@@ -232,13 +234,17 @@ fn health_check_node_port_should_fail_with_only_terminating_endpoints() {
 
 #[test]
 fn health_check_node_port_closes_with_policy_local() {
-    let mut cluster = cluster(IPTABLES);
+    let mut cluster = cluster(if is_vm() { IPVS } else { IPTABLES });
     let (mut web, other) = (Balanced::new(1, 1, READY), Balanced::new(2, 1, READY));
     web.apply(&cluster);
     other.apply(&cluster);
     cluster.start_agents(&[1]).unwrap();
     web.check(&cluster, 1, 1);
     let admits = |cluster: &Cluster, port: u16| {
+        if is_vm() {
+            let sets = netns::output(cluster.lab.command("node1", "ipset").arg("save")).unwrap();
+            return sets.lines().any(|line| line == format!("add KUBE-HEALTH-CHECK-NODE-PORT {port}"));
+        }
         let rules =
             netns::output(cluster.lab.command("node1", "iptables-save").args(["-t", "filter"])).unwrap();
         rules.lines().any(|rule| {
@@ -385,18 +391,36 @@ fn healthz_is_503_while_the_node_goes_and_livez_is_not() {
     }
 }
 
+/// In mode nftables; in the test VM in mode ipvs.
 #[test]
 fn a_change_that_waits_too_long_makes_the_node_unhealthy() {
-    let options = [NFTABLES, &["--sync-period", "2s"]].concat();
+    let (mode, lost, others, failed_at) = if is_vm() {
+        let others = [
+            "ipset",
+            "ip",
+            "iptables",
+            "iptables-save",
+            "iptables-restore",
+            "ip6tables",
+            "ip6tables-save",
+            "ip6tables-restore",
+            "nsenter",
+            "sh",
+        ];
+        (IPVS, "ipvsadm", others.to_vec(), "run ipvsadm")
+    } else {
+        (NFTABLES, "nft", vec!["nsenter", "sh"], "load IPv4 rules")
+    };
+    let options = [mode, &["--sync-period", "2s"]].concat();
     let mut cluster = cluster(&options);
-    // All programs but nft stay where they are found.
+    // All other programs stay where they are found.
     let path = cluster.lab.dir().join("path");
     fs::create_dir_all(&path).unwrap();
     let which = |name: &str| {
         let found = netns::output(Command::new("which").arg(name)).unwrap();
         found.trim().to_owned()
     };
-    for name in ["nft", "nsenter", "sh"] {
+    for name in others.iter().chain([&lost]) {
         symlink(which(name), path.join(name)).unwrap();
     }
     cluster.agent_path = Some(path.clone());
@@ -406,7 +430,7 @@ fn a_change_that_waits_too_long_makes_the_node_unhealthy() {
     web.check(&cluster, 1, 1);
     check_health(&health(&cluster, "healthz"), 200, Some(true), true);
 
-    fs::remove_file(path.join("nft")).unwrap();
+    fs::remove_file(path.join(lost)).unwrap();
     late.apply(&cluster);
     let failed = Instant::now();
     let said = until("the failure is told", SOON, || {
@@ -415,7 +439,7 @@ fn a_change_that_waits_too_long_makes_the_node_unhealthy() {
     });
     check_health(&said, 200, Some(true), true);
     let reason = said.json()["reason"].as_str().unwrap().to_owned();
-    assert!(reason.contains("load IPv4 rules") && reason.contains("no nft in $PATH"), "{reason}");
+    assert!(reason.contains(failed_at) && reason.contains(&format!("no {lost} in $PATH")), "{reason}");
 
     until("it is late", SOON, || match health(&cluster, "healthz").status {
         503 => Ok(()),
@@ -428,15 +452,19 @@ fn a_change_that_waits_too_long_makes_the_node_unhealthy() {
     web.check_fields(&web.ask(&cluster, 1).unwrap(), 1, false);
     assert!(late.ask(&cluster, 1).is_none(), "what is not programmed has no port yet");
     let page = metrics(&cluster);
-    assert!(
-        value(&page, "kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family=\"IPv4\"}") >= 1.0
-    );
+    // kube-proxy counts no virtual servers that can't be had.
+    let counted = if mode == IPVS {
+        "lb_sync_errors_total"
+    } else {
+        "kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family=\"IPv4\"}"
+    };
+    assert!(value(&page, counted) >= 1.0, "{page}");
     assert!(value(&page, "kubeproxy_sync_proxy_rules_service_changes_pending") >= 1.0);
     assert!(value(&page, "kubeproxy_sync_proxy_rules_endpoint_changes_pending") >= 1.0);
     assert!(value(&page, "kubeproxy_proxy_healthz_total{code=\"503\"}") >= 2.0);
     assert!(value(&page, "kubeproxy_proxy_livez_total{code=\"503\"}") >= 1.0);
 
-    symlink(which("nft"), path.join("nft")).unwrap();
+    symlink(which(lost), path.join(lost)).unwrap();
     until("it is healthy again", Duration::from_secs(30), || match health(&cluster, "livez").status {
         200 => Ok(()),
         status => Err(status.to_string()),
@@ -489,6 +517,8 @@ const OF_IPTABLES: [(&str, &str, &[&str]); 4] = [
     ("kubeproxy_sync_proxy_rules_iptables_restore_failures_total", "counter", &["ip_family"]),
     ("kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total", "counter", &["ip_family"]),
 ];
+/// kube-proxy counts its rules in mode iptables only.
+const OF_IPVS: [(&str, &str, &[&str]); 1] = [OF_IPTABLES[2]];
 const OF_NFTABLES: [(&str, &str, &[&str]); 2] = [
     ("kubeproxy_sync_proxy_rules_nftables_sync_failures_total", "counter", &["ip_family"]),
     ("kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total", "counter", &["ip_family"]),
@@ -524,15 +554,17 @@ fn the_metrics_port_is_kube_proxys() {
     let (web, far) = (Balanced::new(1, 1, READY), Balanced::new(2, 2, READY));
     web.apply(&cluster);
     far.apply(&cluster);
-    for (mode, options, more) in [
+    let outside = [
         ("ebpf", &["--mode", "ebpf"][..], &[][..]),
         ("nftables", NFTABLES, &OF_NFTABLES[..]),
         ("iptables", IPTABLES, &OF_IPTABLES[..]),
-    ] {
+    ];
+    let inside = [("ipvs", IPVS, &OF_IPVS[..])];
+    for (mode, options, more) in if is_vm() { &inside[..] } else { &outside } {
         cluster.agent_options = options.iter().map(ToString::to_string).collect();
         cluster.start_agents(&[1]).unwrap();
         let text = metrics(&cluster);
-        for (name, kind, wanted) in OF_ALL.iter().chain(more) {
+        for (name, kind, wanted) in OF_ALL.iter().chain(*more) {
             assert!(text.contains(&format!("\n# TYPE {name} {kind}\n")), "{mode}: {name} {kind}\n{text}");
             let wanted: BTreeSet<String> = wanted.iter().map(ToString::to_string).collect();
             assert_eq!(labels(&text, name), wanted, "{mode}: labels of {name}");
@@ -556,11 +588,12 @@ fn the_metrics_port_is_kube_proxys() {
             2.0,
             "two ports of one Service"
         );
-        if mode == "iptables" {
+        if *mode == "iptables" {
             check_rule_counts(&cluster, &text);
         }
         check_pages(&cluster, mode);
-        if mode == "nftables" {
+        check_health(&health(&cluster, "healthz"), 200, Some(true), true);
+        if *mode == "nftables" {
             // It answers /proxyMode as a kube-proxy would, and is not taken for one.
             let removals = cluster.agent(1, &["cleanup", "--dry-run"]).unwrap();
             assert!(removals.contains("delete table ip kube-proxy"), "{removals}");

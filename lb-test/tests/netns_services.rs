@@ -4,6 +4,7 @@ use lb_core::flow::Dialect;
 use lb_test::{
     cluster::{CLIENT, Cluster, Cni, node_ip, node_ip6, pod_ip, pod_ip6},
     flows::{CLUSTER_CIDR, check_all, cluster, manifests},
+    load::Load,
 };
 
 #[test]
@@ -72,30 +73,17 @@ fn clients_with_affinity_keep_their_backend() {
 #[test]
 fn restarts_break_nothing() {
     let mut cluster = cluster(Cni::Bridge, &[]);
-    let load = ["load", "198.51.100.10:80", "--connections", "200", "--udp", "20", "--secs", "300"];
-    let outside = cluster.spawn("client", None, &load).unwrap();
-    let inside = cluster
-        .spawn(
-            "pod12",
-            Some(1),
-            &["load", "10.96.0.10:80", "--connections", "50", "--udp", "10", "--secs", "300"],
-        )
-        .unwrap();
+    let many = ["--connections", "200", "--udp", "20"];
+    let few = ["--connections", "50", "--udp", "10"];
+    let outside = Load::start(&cluster, ("client", None), "198.51.100.10:80", &many).unwrap();
+    let inside = Load::start(&cluster, ("pod12", Some(1)), "10.96.0.10:80", &few).unwrap();
     std::thread::sleep(std::time::Duration::from_secs(1));
     for round in 0..8 {
         let signal = if round % 2 == 0 { libc::SIGKILL } else { libc::SIGTERM };
         cluster.stop_agent(1, signal).unwrap();
         cluster.start_agent(1).unwrap();
     }
-    for child in [outside, inside] {
-        let report = lb_test::cluster::end_load(child).unwrap();
-        println!("{report}");
-        for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
-            assert_eq!(report[failure], 0, "{report}");
-        }
-        assert!(report["requests"].as_u64().unwrap() > 5_000, "{report}");
-        assert!(report["udp_requests"].as_u64().unwrap() > 100, "{report}");
-    }
+    [outside, inside].into_iter().for_each(Load::stop_unharmed);
     // An unchanged cluster is adopted without a write.
     let log = std::fs::read_to_string(cluster.agent_log(1)).unwrap();
     let last = log.lines().rfind(|line| line.contains("applied")).unwrap();

@@ -7,7 +7,8 @@ use std::{
 };
 
 use lb_test::{
-    cluster::{Cluster, Cni, end_load, finish, node_ip, node_ip6, pod_ip, pod_ip6},
+    cluster::{Cluster, Cni, finish, node_ip, node_ip6, pod_ip, pod_ip6},
+    load::Load,
     netns, until,
 };
 
@@ -73,9 +74,8 @@ fn connections_outlive_every_change_of_mode() {
         ("pod12", Some(1), "10.96.0.10:80".to_owned()),
     ];
     let running = loads.clone().map(|(from, served, target)| {
-        let load =
-            ["load", &target, "--connections", "40", "--udp", "4", "--udp-streams", "6", "--secs", "300"];
-        cluster.spawn(from, served, &load).unwrap()
+        let clients = ["--connections", "40", "--udp", "4", "--udp-streams", "6"];
+        Load::start(&cluster, (from, served), &target, &clients).unwrap()
     });
     for options in [EBPF, NFTABLES, EBPF, IPTABLES] {
         std::thread::sleep(Duration::from_secs(2));
@@ -86,13 +86,7 @@ fn connections_outlive_every_change_of_mode() {
             assert!(answer.id.is_some(), "{options:?}: {from} -> {target}: {answer:?}");
         }
     }
-    for (child, (from, _, target)) in running.into_iter().zip(loads) {
-        let report = end_load(child).unwrap();
-        for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
-            assert_eq!(report[failure], 0, "{from} -> {target}: {report}");
-        }
-        assert!(report["requests"].as_u64().unwrap() > 5_000, "{from} -> {target}: {report}");
-    }
+    running.into_iter().for_each(Load::stop_unharmed);
 }
 
 #[test]
@@ -159,19 +153,8 @@ fn connections_outlive_kube_proxy() {
             cluster.stop_agent(node, libc::SIGTERM).unwrap();
         }
         as_kube_proxys(&mut cluster, commands);
-        let load = [
-            "load",
-            "10.96.0.10:80",
-            "--connections",
-            "20",
-            "--udp",
-            "2",
-            "--udp-streams",
-            "5",
-            "--secs",
-            "300",
-        ];
-        let running = cluster.spawn("pod12", None, &load).unwrap();
+        let clients = ["--connections", "20", "--udp", "2", "--udp-streams", "5"];
+        let load = Load::start(&cluster, ("pod12", None), "10.96.0.10:80", &clients).unwrap();
         std::thread::sleep(Duration::from_secs(1));
         let rules = |cluster: &Cluster| {
             tables(cluster) + &netns::output(&mut cluster.lab.command("node1", "iptables-save")).unwrap()
@@ -185,10 +168,7 @@ fn connections_outlive_kube_proxy() {
             let rules = rules(&cluster);
             !rules.contains("kube-proxy") && !rules.contains("KUBE-SERVICES")
         });
-        let report = end_load(running).unwrap();
-        for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
-            assert_eq!(report[failure], 0, "{mode:?}: {report}");
-        }
+        load.stop_unharmed();
     }
 }
 
@@ -210,9 +190,8 @@ fn connections_outlive_iptables_where_there_is_no_nft() {
     }
     cluster.agent_path = Some(path);
     start(&mut cluster, IPTABLES);
-    let load =
-        ["load", "10.96.0.10:80", "--connections", "10", "--udp", "2", "--udp-streams", "3", "--secs", "300"];
-    let running = cluster.spawn("pod12", None, &load).unwrap();
+    let clients = ["--connections", "10", "--udp", "2", "--udp-streams", "3"];
+    let load = Load::start(&cluster, ("pod12", None), "10.96.0.10:80", &clients).unwrap();
     std::thread::sleep(Duration::from_secs(1));
     let nat = |cluster: &Cluster| {
         netns::output(cluster.lab.command("node1", "iptables-legacy-save").args(["-t", "nat"])).unwrap()
@@ -223,10 +202,7 @@ fn connections_outlive_iptables_where_there_is_no_nft() {
         let nat = nat(&cluster);
         !nat.contains("KUBE-SERVICES") && nat.contains("LB-AGENT-DRAIN")
     });
-    let report = end_load(running).unwrap();
-    for failure in ["resets", "timeouts", "wrong", "udp_lost"] {
-        assert_eq!(report[failure], 0, "{report}");
-    }
+    load.stop_unharmed();
     cluster.stop_agent(1, libc::SIGTERM).unwrap();
     cluster.agent(1, &["cleanup"]).unwrap();
     assert!(!nat(&cluster).contains("LB-AGENT-DRAIN"));

@@ -42,6 +42,7 @@ const IN_VM: [(&str, &[InVm]); 2] = [
             (
                 "vm_ipvs",
                 &[
+                    "a_changed_file_takes_effect_under_open_connections",
                     "a_nodes_address_as_external_ip_cuts_nobody_off",
                     "an_endpoint_that_the_kernel_refuses_costs_no_other_its_place",
                     "another_mode_takes_over_without_cutting_a_connection",
@@ -50,6 +51,26 @@ const IN_VM: [(&str, &[InVm]); 2] = [
                     "listeners_of_the_host_are_not_reached_through_vips",
                     "the_kernel_takes_every_scheduler",
                     "what_somebody_clears_comes_back_and_cleanup_takes_only_ours",
+                ],
+            ),
+            (
+                "netns_health",
+                &["a_change_that_waits_too_long_makes_the_node_unhealthy", "the_metrics_port_is_kube_proxys"],
+            ),
+            (
+                "netns_udp",
+                &[
+                    "connected_udp_sockets_get_an_error_when_their_backend_is_gone_if_told_so",
+                    "tcp_to_a_terminating_backend_goes_on",
+                    "the_invalid_conntrack_state_bug_does_no_harm",
+                    "udp_goes_on_when_initially_unready_endpoints_get_ready",
+                    "udp_goes_on_when_the_server_pod_cycles_and_the_client_is_on_the_hosts_network",
+                    "udp_goes_on_when_the_server_pod_cycles_for_a_cluster_ip",
+                    "udp_goes_on_when_the_server_pod_cycles_for_a_cluster_ip_with_internal_traffic_policy_local",
+                    "udp_goes_on_when_the_server_pod_cycles_for_a_node_port",
+                    "udp_goes_on_when_the_target_port_changes",
+                    "udp_to_a_foreign_host_at_a_node_ports_number_is_not_cut",
+                    "what_conntrack_forgot_is_counted",
                 ],
             ),
             (
@@ -67,7 +88,7 @@ const IN_VM: [(&str, &[InVm]); 2] = [
 ];
 
 /// Tests that take minutes and repeat much of what others there show: they run if the ring is named.
-const IN_VM_IF_NAMED: [&str; 8] = [
+const IN_VM_IF_NAMED: [&str; 17] = [
     "every_path_with_bridged_pods",
     "every_path_with_routed_pods",
     "every_path_with_iptables",
@@ -76,6 +97,15 @@ const IN_VM_IF_NAMED: [&str; 8] = [
     "another_mode_takes_over_without_cutting_a_connection",
     "connections_to_an_endpoint_that_is_gone_end_by_themselves",
     "what_somebody_clears_comes_back_and_cleanup_takes_only_ours",
+    "a_changed_file_takes_effect_under_open_connections",
+    "connected_udp_sockets_get_an_error_when_their_backend_is_gone_if_told_so",
+    "tcp_to_a_terminating_backend_goes_on",
+    "the_invalid_conntrack_state_bug_does_no_harm",
+    "udp_goes_on_when_initially_unready_endpoints_get_ready",
+    "udp_goes_on_when_the_server_pod_cycles_and_the_client_is_on_the_hosts_network",
+    "udp_goes_on_when_the_server_pod_cycles_for_a_cluster_ip_with_internal_traffic_policy_local",
+    "udp_goes_on_when_the_target_port_changes",
+    "udp_to_a_foreign_host_at_a_node_ports_number_is_not_cut",
 ];
 
 /// How much slower than usual the VM's clock may find us (`lb_test::patience`).

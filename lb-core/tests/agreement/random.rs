@@ -37,21 +37,21 @@ impl Random {
     }
 
     /// True once in so many times.
-    fn once_in(&mut self, n: usize) -> bool {
+    pub fn once_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
 
-    fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
+    pub fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
         &from[self.below(from.len())]
     }
 
     /// Each element once in so many times.
-    fn some<T: Clone>(&mut self, n: usize, from: &[T]) -> Vec<T> {
+    pub fn some<T: Clone>(&mut self, n: usize, from: &[T]) -> Vec<T> {
         from.iter().filter(|_| self.once_in(n)).cloned().collect()
     }
 }
 
-fn ip(text: &str) -> IpAddr {
+pub fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 
@@ -60,13 +60,13 @@ fn net(text: &str) -> IpNet {
 }
 
 /// This node's addresses, and where packets to nobody's address come from.
-const OWN: [&str; 3] = ["192.0.2.11", "10.0.0.11", "2001:db8::11"];
+pub const OWN: [&str; 3] = ["192.0.2.11", "10.0.0.11", "2001:db8::11"];
 /// The other node's.
-const OTHER: [&str; 2] = ["192.0.2.12", "2001:db8::12"];
+pub const OTHER: [&str; 2] = ["192.0.2.12", "2001:db8::12"];
 const PODS_HERE: [&str; 4] = ["10.244.1.11", "10.244.1.12", "fd00:10:244:1::11", "fd00:10:244:1::12"];
 const PODS_THERE: [&str; 4] = ["10.244.2.11", "10.244.2.12", "fd00:10:244:2::11", "fd00:10:244:2::12"];
 const CLIENTS: [&str; 3] = ["192.0.2.9", "203.0.113.5", "2001:db8::9"];
-const EXTERNAL: [&str; 7] = [
+pub const EXTERNAL: [&str; 7] = [
     "198.51.100.1",
     "198.51.100.2",
     "192.0.2.11",
@@ -183,42 +183,6 @@ impl Scene {
     }
 }
 
-/// Something that happens to one of a few objects: Services, their slices, and Nodes.
-pub fn event(random: &mut Random) -> Event {
-    let i = random.below(4);
-    let service = service(i, random);
-    let family = *random.pick(&[Family::V4, Family::V6]);
-    let slice = slice(&service, family, random.below(2), random);
-    let node = *random.pick(&["node-1", "node-2", "node-3"]);
-    match random.below(16) {
-        0..5 => Event::Service(service),
-        5 => Event::ServiceGone(service.name),
-        6..11 => Event::EndpointSlice(slice),
-        11 => Event::EndpointSliceGone(slice.name),
-        // What this node knew of itself outlives its own Node object.
-        12 if node != "node-1" => Event::NodeGone(node.into()),
-        _ => Event::Node(Node {
-            name: node.into(),
-            addresses: random.some(
-                2,
-                &[&OWN[..], &OTHER[..], &EXTERNAL[..2]]
-                    .concat()
-                    .iter()
-                    .map(|addr| ip(addr))
-                    .collect::<Vec<_>>(),
-            ),
-            zone: random.once_in(2).then(|| (*random.pick(&["a", "b"])).into()),
-            pod_cidrs: Vec::new(),
-            eligible: random.once_in(2),
-        }),
-    }
-}
-
-/// Addresses that this node may have one day.
-pub fn addresses(random: &mut Random) -> Vec<IpAddr> {
-    random.some(2, &[&OWN[..], &["198.51.100.1"]].concat().iter().map(|addr| ip(addr)).collect::<Vec<_>>())
-}
-
 fn policy(random: &mut Random) -> Policy {
     let node_port_addresses: &[&[&str]] = &[
         &[],
@@ -258,7 +222,7 @@ fn traffic_policy(random: &mut Random) -> TrafficPolicy {
     if random.once_in(3) { TrafficPolicy::Local } else { TrafficPolicy::Cluster }
 }
 
-fn service(i: usize, random: &mut Random) -> Service {
+pub fn service(i: usize, random: &mut Random) -> Service {
     let (v4, v6) = (ip(&format!("10.96.0.{}", i + 1)), ip(&format!("fd00:10:96::{}", i + 1)));
     let cluster_ips = [vec![v4], vec![v4, v6], vec![v4, v6], vec![v6], Vec::new()];
     let mut ports: Vec<ServicePort> = Vec::new();
@@ -302,7 +266,7 @@ fn service(i: usize, random: &mut Random) -> Service {
 }
 
 /// Endpoints of one family: pods of both nodes, and pods on the nodes' own network.
-fn slice(service: &Service, family: Family, number: usize, random: &mut Random) -> EndpointSlice {
+pub fn slice(service: &Service, family: Family, number: usize, random: &mut Random) -> EndpointSlice {
     let hinted = random.below(4);
     let mut endpoints = Vec::new();
     let kind = random.below(3);

@@ -97,9 +97,9 @@ enum Command {
         /// UDP sockets that talk to one server all the time.
         #[arg(long, default_value_t = 0)]
         udp_streams: u32,
-        /// SIGTERM ends it earlier.
+        /// Without it they go on until standard input ends.
         #[arg(long)]
-        secs: f64,
+        secs: Option<f64>,
         /// Leave TCP connections with a reset: nobody waits for the last segments.
         #[arg(long)]
         abort: bool,
@@ -133,7 +133,7 @@ fn main() -> Result<()> {
         }
         Command::Load { target, connections, udp, udp_streams, secs, abort } => {
             let clients = Clients { connections, udp, udp_streams, abort };
-            println!("{}", load(target, clients, Duration::from_secs_f64(secs)));
+            println!("{}", load(target, clients, secs.map(Duration::from_secs_f64)));
             Ok(())
         }
     }
@@ -488,37 +488,28 @@ struct Clients {
     abort: bool,
 }
 
-/// SIGTERM ends a load before its time.
-static ENDED: AtomicBool = AtomicBool::new(false);
-
-extern "C" fn end(_signal: libc::c_int) {
-    ENDED.store(true, Ordering::Relaxed);
-}
-
-fn goes_on(deadline: Instant) -> bool {
-    Instant::now() < deadline && !ENDED.load(Ordering::Relaxed)
-}
-
-fn load(target: SocketAddr, clients: Clients, duration: Duration) -> serde_json::Value {
+fn load(target: SocketAddr, clients: Clients, duration: Option<Duration>) -> serde_json::Value {
     let Clients { connections, udp, udp_streams, abort } = clients;
     let counts = Arc::new(Counts::default());
-    let deadline = Instant::now() + duration;
-    let end: extern "C" fn(libc::c_int) = end;
-    // SAFETY: the handler only stores into an atomic.
-    unsafe { libc::signal(libc::SIGTERM, end as libc::sighandler_t) };
+    let over = Arc::new(AtomicBool::new(false));
     let mut threads = Vec::new();
     for _ in 0..connections {
-        let counts = counts.clone();
-        threads.push(thread::spawn(move || load_tcp(target, &counts, deadline, abort)));
+        let (counts, over) = (counts.clone(), over.clone());
+        threads.push(thread::spawn(move || load_tcp(target, &counts, &over, abort)));
     }
     for _ in 0..udp {
-        let counts = counts.clone();
-        threads.push(thread::spawn(move || load_udp(target, &counts, deadline)));
+        let (counts, over) = (counts.clone(), over.clone());
+        threads.push(thread::spawn(move || load_udp(target, &counts, &over)));
     }
     for _ in 0..udp_streams {
-        let counts = counts.clone();
-        threads.push(thread::spawn(move || load_udp_stream(target, &counts, deadline)));
+        let (counts, over) = (counts.clone(), over.clone());
+        threads.push(thread::spawn(move || load_udp_stream(target, &counts, &over)));
     }
+    match duration {
+        Some(duration) => thread::sleep(duration),
+        None => drop(std::io::copy(&mut std::io::stdin(), &mut std::io::sink())),
+    }
+    over.store(true, Ordering::Relaxed);
     threads.into_iter().for_each(|thread| drop(thread.join()));
     let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     json!({
@@ -528,13 +519,13 @@ fn load(target: SocketAddr, clients: Clients, duration: Duration) -> serde_json:
 }
 
 /// One connection for the whole time; its answers must always come from the same server.
-fn load_tcp(target: SocketAddr, counts: &Counts, deadline: Instant, abort: bool) {
+fn load_tcp(target: SocketAddr, counts: &Counts, over: &AtomicBool, abort: bool) {
     let talk = || -> std::io::Result<()> {
         let mut stream = TcpStream::connect_timeout(&target, patience(Duration::from_secs(10)))?;
         stream.set_read_timeout(Some(patience(Duration::from_secs(10))))?;
         let mut lines = BufReader::new(stream.try_clone()?);
         let mut first = String::new();
-        while goes_on(deadline) {
+        while !over.load(Ordering::Relaxed) {
             stream.write_all(b"id\n")?;
             let mut line = String::new();
             lines.read_line(&mut line)?;
@@ -574,8 +565,8 @@ fn close_with_reset(stream: TcpStream) -> std::io::Result<()> {
 }
 
 /// A new socket for each question; the answer must come from where it was sent.
-fn load_udp(target: SocketAddr, counts: &Counts, deadline: Instant) {
-    while goes_on(deadline) {
+fn load_udp(target: SocketAddr, counts: &Counts, over: &AtomicBool) {
+    while !over.load(Ordering::Relaxed) {
         let answer = udp(target, false, false, b"id", patience(Duration::from_secs(5)));
         counts.udp_requests.fetch_add(1, Ordering::Relaxed);
         if answer.get("error").is_some() {
@@ -589,14 +580,14 @@ fn load_udp(target: SocketAddr, counts: &Counts, deadline: Instant) {
 }
 
 /// One connected socket for the whole time; its answers must always come from the same server.
-fn load_udp_stream(target: SocketAddr, counts: &Counts, deadline: Instant) {
+fn load_udp_stream(target: SocketAddr, counts: &Counts, over: &AtomicBool) {
     let talk = || -> std::io::Result<()> {
         let any: SocketAddr = if target.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
         let socket = UdpSocket::bind(any)?;
         socket.connect(target)?;
-        socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+        socket.set_read_timeout(Some(patience(Duration::from_secs(5))))?;
         let (mut first, mut buffer) = (Vec::new(), [0; 2048]);
-        while goes_on(deadline) {
+        while !over.load(Ordering::Relaxed) {
             socket.send(b"id")?;
             let len = socket.recv(&mut buffer)?;
             counts.udp_requests.fetch_add(1, Ordering::Relaxed);
