@@ -83,6 +83,8 @@ fn slots(range: SlotRange) -> std::ops::Range<u32> {
 struct Served {
     frontends: BTreeMap<FrontendAddr, Frontend>,
     vips: BTreeMap<IpAddr, u32>,
+    /// Also those that no list has: flows may still have them.
+    backends: BTreeMap<(IpAddr, u16), usize>,
 }
 
 /// Flags, affinity, backends with their flags for packets from outside and of this node, and allowed sources.
@@ -108,7 +110,11 @@ fn served(maps: &Actual) -> Served {
             ),
         )
     };
-    Served { frontends: maps.frontends.iter().map(frontend).collect(), vips: maps.vips.clone() }
+    let mut backends = BTreeMap::new();
+    for backend in maps.backends.values().filter(|backend| backend.flags & backend_flags::ALIVE != 0) {
+        *backends.entry((backend.addr, backend.port)).or_default() += 1;
+    }
+    Served { frontends: maps.frontends.iter().map(frontend).collect(), vips: maps.vips.clone(), backends }
 }
 
 /// Something that happens to one of a few objects: Services, their slices, and Nodes.
@@ -145,7 +151,7 @@ fn assert_same(now: &Served, fresh: &Served) {
     for addr in now.frontends.keys().chain(fresh.frontends.keys()) {
         assert_eq!(now.frontends.get(addr), fresh.frontends.get(addr), "{addr}");
     }
-    assert_eq!(now.vips, fresh.vips);
+    assert_eq!((&now.vips, &now.backends), (&fresh.vips, &fresh.backends));
 }
 
 /// What the maps would serve had the table come all at once.
