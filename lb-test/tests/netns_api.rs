@@ -249,6 +249,25 @@ fn the_kernel_serves_while_the_api_server_hangs() {
     outage(Fault::Hang);
 }
 
+/// Packets vanish, as behind a load balancer that lost a server, or a firewall that lost its memory.
+#[test]
+fn a_server_that_vanished_without_a_word_is_noticed() {
+    let world = World::with(&whole(10));
+    let packets = |how: &str| {
+        for (chain, port) in [("INPUT", "--dport"), ("OUTPUT", "--sport")] {
+            let words = ["-w", how, chain, "-p", "tcp", port, "6443", "-j", "DROP"];
+            netns::run(world.cluster.lab.command("client", "iptables").args(words)).unwrap();
+        }
+    };
+    packets("-A");
+    world.server.put(&whole(11)).unwrap();
+    let vanished = Instant::now();
+    world.until_logged("API server is away");
+    assert!(vanished.elapsed() < patience(Duration::from_secs(60)), "after {:?}", vanished.elapsed());
+    packets("-D");
+    world.until("the change it could not tell of", |served| served.contains_key(&frontend(11)));
+}
+
 /// The server is away, things change, it comes back.
 fn outage(fault: Fault) {
     let world = World::with(&(whole(10) + &whole(11)));

@@ -5,10 +5,11 @@
 use std::{fmt::Debug, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
+use hyper_util::{client::legacy::connect::HttpConnector, rt::TokioExecutor};
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery, networking::v1 as networking};
 use kube::{
     Client, Config, Resource,
-    client::ClientBuilder,
+    client::{ClientBuilder, ConfigExt},
     config::{KubeConfigOptions, Kubeconfig},
     runtime::{
         events::{Event as KubeEvent, EventType, Recorder, Reporter},
@@ -18,7 +19,8 @@ use kube::{
 use lb_core::model::{Event, ObjectName, Warning};
 use serde::de::DeserializeOwned;
 use tokio::{sync::mpsc, task::AbortHandle};
-use tower::timeout::TimeoutLayer;
+use tower::{BoxError, ServiceBuilder, timeout::TimeoutLayer};
+use tower_http::decompression::DecompressionLayer;
 use tracing::debug;
 
 use super::{
@@ -69,10 +71,45 @@ impl Kubernetes {
         }
         // The watches try again themselves, and say so.
         config.default_retry = false;
-        let builder = ClientBuilder::try_from(config).context("make an API client")?;
-        Ok(builder.with_layer(&TimeoutLayer::new(ANSWER_LIMIT)).build())
+        if config.proxy_url.is_some() {
+            // Whether the proxy's peer still talks is the proxy's business.
+            let builder = ClientBuilder::try_from(config).context("make an API client")?;
+            return Ok(builder.with_layer(&TimeoutLayer::new(ANSWER_LIMIT)).build());
+        }
+        attentive(&config).context("make an API client")
     }
 }
+
+/// As kube makes it, but over sockets that ask whether a silent peer is still there: a watch may have nothing to say for
+/// minutes, and a server that vanished, or a connection that a firewall forgot, says nothing either. (client-go asks by
+/// HTTP/2 pings, with the same limits.)
+fn attentive(config: &Config) -> Result<Client> {
+    let mut connector = HttpConnector::new();
+    // TLS comes on top.
+    connector.enforce_http(false);
+    connector.set_connect_timeout(Some(ANSWER_LIMIT));
+    connector.set_keepalive(Some(SILENCE));
+    connector.set_keepalive_interval(Some(ASK_AGAIN));
+    connector.set_keepalive_retries(Some(ASKS));
+    // What was sent and not acknowledged keeps the kernel from asking.
+    connector.set_tcp_user_timeout(Some(SILENCE + ASK_AGAIN * ASKS));
+    let connector = config.rustls_https_connector_with_connector(connector)?;
+    let service = ServiceBuilder::new()
+        .layer(TimeoutLayer::new(ANSWER_LIMIT))
+        .layer(config.base_uri_layer())
+        .layer(DecompressionLayer::new().gzip(!config.disable_compression))
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(BoxError::from)
+        .service(hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector));
+    Ok(Client::new(service, config.default_namespace.clone()))
+}
+
+/// After so long without a word the kernel asks for one, so many times at this distance (tcp(7): `TCP_KEEPIDLE`,
+/// `TCP_KEEPINTVL`, `TCP_KEEPCNT`).
+const SILENCE: Duration = Duration::from_secs(30);
+const ASK_AGAIN: Duration = Duration::from_secs(5);
+const ASKS: u32 = 3;
 
 /// An answer must have begun after so long; kube itself waits for good. A watch's answer begins at once. A busy
 /// kube-apiserver lets requests queue for a quarter of its `--request-timeout` of a minute.
