@@ -1,6 +1,8 @@
 //! Whatever happens to a cluster and in whatever order: the table ends as if it had begun with what there is, the maps hold the
 //! table, and no write on the way there leaves a frontend that points to a slot without a live backend.
 
+#[path = "../../lb-core/tests/agreement/history.rs"]
+mod history;
 #[path = "../../lb-core/tests/agreement/random.rs"]
 #[expect(dead_code, reason = "the other test asks for more")]
 mod random;
@@ -10,6 +12,7 @@ use std::{
     net::IpAddr,
 };
 
+use history::Step;
 use ipnet::IpNet;
 use lb_agent::datapath::ebpf::{
     plan::{Actual, Op, Planner, Refusal},
@@ -19,10 +22,10 @@ use lb_common::abi::{SlotRange, backend_flags};
 use lb_core::{
     compile::{Compiler, compile},
     flow::Dialect,
-    model::{Event, Family, Node},
+    model::Family,
     table::{Changes, FrontendAddr, ServiceTable},
 };
-use random::{EXTERNAL, OTHER, OWN, Random, Scene, ip, service, slice};
+use random::{Random, Scene};
 
 /// Clusters, and what happens to each.
 const CLUSTERS: u64 = 150;
@@ -117,34 +120,6 @@ fn served(maps: &Actual) -> Served {
     Served { frontends: maps.frontends.iter().map(frontend).collect(), vips: maps.vips.clone(), backends }
 }
 
-/// Something that happens to one of a few objects: Services, their slices, and Nodes.
-fn event(random: &mut Random) -> Event {
-    let i = random.below(4);
-    let service = service(i, random);
-    let family = *random.pick(&[Family::V4, Family::V6]);
-    let slice = slice(&service, family, random.below(2), random);
-    let node = *random.pick(&["node-1", "node-2", "node-3"]);
-    match random.below(16) {
-        0..5 => Event::Service(service),
-        5 => Event::ServiceGone(service.name),
-        6..11 => Event::EndpointSlice(slice),
-        11 => Event::EndpointSliceGone(slice.name),
-        // What this node knew of itself outlives its own Node object.
-        12 if node != "node-1" => Event::NodeGone(node.into()),
-        _ => Event::Node(Node {
-            name: node.into(),
-            addresses: some_of(&[&OWN[..], &OTHER[..], &EXTERNAL[..2]].concat(), random),
-            zone: random.once_in(2).then(|| (*random.pick(&["a", "b"])).into()),
-            pod_cidrs: Vec::new(),
-            eligible: random.once_in(2),
-        }),
-    }
-}
-
-fn some_of(addresses: &[&str], random: &mut Random) -> Vec<IpAddr> {
-    random.some(2, addresses).into_iter().map(ip).collect()
-}
-
 /// Names what differs: all of it would be too much to read.
 #[track_caller]
 fn assert_same(now: &Served, fresh: &Served) {
@@ -175,20 +150,16 @@ fn restart(compiler: &Compiler, kernel: &mut Kernel) -> (Planner, usize) {
 fn live(seed: u64, room: Capacity) -> usize {
     println!("seed {seed}");
     let mut random = Random::new(seed);
-    let scene = Scene::random(&mut random);
+    let mut scene = Scene::empty(&mut random);
     let config = scene.compile_config(Dialect::Ebpf);
-    let mut view = scene.node.clone();
-    let mut compiler = Compiler::new(config.clone(), view.clone());
+    let mut compiler = Compiler::new(config.clone(), scene.node.clone());
     let mut kernel = Kernel { maps: Actual::default(), room };
     let mut planner = Planner::adopt(room, Actual::default(), compiler.table());
     let mut refused = 0;
     for _ in 0..EVENTS {
-        match random.below(12) {
-            0 => {
-                view.addresses = some_of(&[&OWN[..], &["198.51.100.1"]].concat(), &mut random);
-                compiler.set_addresses(view.addresses.clone());
-            }
-            _ => compiler.apply(event(&mut random)),
+        match scene.happen(&mut random) {
+            Step::Event(event) => compiler.apply(event),
+            Step::Addresses(addresses) => compiler.set_addresses(addresses),
         }
         // Several events are often one change.
         if random.below(3) > 0 {
@@ -206,7 +177,7 @@ fn live(seed: u64, room: Capacity) -> usize {
     let changes = compiler.compile();
     kernel.carry_out(planner.plan(compiler.table(), &changes));
 
-    let whole = compile(compiler.snapshot(), &view, &config);
+    let whole = compile(&scene.cluster, &scene.node, &config);
     let (now, fresh) = (compiler.table(), &whole.table);
     for (id, entry) in now.services.iter().chain(&fresh.services) {
         assert_eq!((now.services.get(id), fresh.services.get(id)), (Some(entry), Some(entry)), "{id:?}");

@@ -6,6 +6,10 @@
 
 #![forbid(unsafe_code)]
 
+// So that random clusters (`tests/agreement`) serve unit tests too.
+#[cfg(test)]
+extern crate self as lb_core;
+
 pub mod compile;
 mod display;
 pub mod evaluate;

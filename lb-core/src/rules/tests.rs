@@ -1,5 +1,11 @@
 //! Rules against what kube-proxy's own tests expect, and incremental rewriting against writing everything.
 
+#[path = "../../tests/agreement/history.rs"]
+mod history;
+#[path = "../../tests/agreement/random.rs"]
+#[expect(dead_code, reason = "flows are the agreement's")]
+mod random;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
@@ -11,10 +17,12 @@ use super::{
 };
 use crate::{
     compile::{CompileConfig, Compiler, NodeView},
+    flow::Dialect,
     model::{Event, Family, LocalDetector, ObjectName, Protocol, ServiceCidr},
     synthetic,
     table::{Changes, ServicePortId, ServiceTable},
 };
+use history::Step;
 
 fn id(service: &str, port: &str) -> ServicePortId {
     let (namespace, name) = service.split_once('/').expect("namespace/name");
@@ -125,6 +133,32 @@ pub(super) fn random_changes(mut check: impl FnMut(u32, &ServiceTable, &Changes)
     }
 }
 
+/// The same for clusters to which anything happens, each with a state of its own; `check` says where it is and how often
+/// it was called.
+pub(super) fn histories<S>(
+    begin: impl Fn() -> S,
+    mut check: impl FnMut(&mut S, (&str, usize), &ServiceTable, &Changes),
+) {
+    for seed in 1..=40 {
+        let mut random = random::Random::new(seed);
+        let mut scene = random::Scene::empty(&mut random);
+        let mut compiler = Compiler::new(scene.compile_config(Dialect::Nftables), scene.node.clone());
+        let (mut state, mut known, mut calls) = (begin(), Changes::default(), 0);
+        for step in 0..60 {
+            match scene.happen(&mut random) {
+                Step::Event(event) => compiler.apply(event),
+                Step::Addresses(addresses) => compiler.set_addresses(addresses),
+            }
+            known.merge(compiler.compile());
+            if random.once_in(3) {
+                let at = format!("history {seed}, step {step}");
+                check(&mut state, (&at, calls), compiler.table(), &std::mem::take(&mut known));
+                calls += 1;
+            }
+        }
+    }
+}
+
 /// Two names, two ranges of which one contains the other.
 fn service_cidr(i: u32) -> Event {
     let cidrs = vec![format!("10.96.0.0/{}", 12 + i).parse().unwrap(), "fd00:10:96::/112".parse().unwrap()];
@@ -146,6 +180,20 @@ fn rewriting_what_changed_ends_where_writing_everything_does() {
             rules.chains().iter().map(|(table, chain)| format!("{}/{chain}", table.name())).collect();
         assert_eq!(names, loaded.0.keys().cloned().collect());
     });
+}
+
+#[test]
+fn whatever_happens_rewriting_what_changed_ends_where_writing_everything_does() {
+    for family in [Family::V4, Family::V6] {
+        let begin = || (Rules::new(family, Config::default()), Loaded::default());
+        histories(begin, |(rules, loaded), (at, _), table, changes| {
+            loaded.restore(&rules.update(table, changes).to_string());
+            let mut fresh = Loaded::default();
+            let all = Rules::new(family, Config::default()).update(table, &Changes::all(table));
+            fresh.restore(&all.to_string());
+            assert_eq!(*loaded, fresh, "{family}, {at}");
+        });
+    }
 }
 
 /// A table of nftables.
@@ -222,6 +270,22 @@ fn nftables_too_end_where_writing_everything_does() {
             assert_eq!(loaded, fresh, "step {step}");
         }
     });
+}
+
+#[test]
+fn whatever_happens_nftables_too_end_where_writing_everything_does() {
+    for family in [Family::V4, Family::V6] {
+        let begin = || (nftables::Rules::new(family, Config::default()), NftLoaded::default());
+        histories(begin, |(rules, loaded), (at, number), table, changes| {
+            loaded.load(&rules.update(table, changes).to_string());
+            if number % 2 == 0 {
+                loaded.load(&rules.sweep().to_string());
+                let mut fresh = NftLoaded::default();
+                fresh.load(&nftables::Rules::all(table, family, &Config::default()).to_string());
+                assert_eq!(*loaded, fresh, "{family}, {at}");
+            }
+        });
+    }
 }
 
 #[test]

@@ -1,7 +1,11 @@
 //! The reference against what is compiled and rendered: random clusters, random flows, one answer.
 //!
 //! Whoever is wrong is corrected, by kube-proxy's sources and README's list of deliberate differences.
+//!
+//! `incremental` asks whether a table that follows a cluster is the one made anew.
 
+mod history;
+mod incremental;
 mod random;
 
 use std::net::SocketAddr;

@@ -55,7 +55,7 @@ pub fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 
-fn net(text: &str) -> IpNet {
+pub fn net(text: &str) -> IpNet {
     text.parse().expect("a range")
 }
 
@@ -63,7 +63,7 @@ fn net(text: &str) -> IpNet {
 pub const OWN: [&str; 3] = ["192.0.2.11", "10.0.0.11", "2001:db8::11"];
 /// The other node's.
 pub const OTHER: [&str; 2] = ["192.0.2.12", "2001:db8::12"];
-const PODS_HERE: [&str; 4] = ["10.244.1.11", "10.244.1.12", "fd00:10:244:1::11", "fd00:10:244:1::12"];
+pub const PODS_HERE: [&str; 4] = ["10.244.1.11", "10.244.1.12", "fd00:10:244:1::11", "fd00:10:244:1::12"];
 const PODS_THERE: [&str; 4] = ["10.244.2.11", "10.244.2.12", "fd00:10:244:2::11", "fd00:10:244:2::12"];
 const CLIENTS: [&str; 3] = ["192.0.2.9", "203.0.113.5", "2001:db8::9"];
 pub const EXTERNAL: [&str; 7] = [
@@ -109,13 +109,18 @@ impl Scene {
             }
             cluster.apply(Event::Service(service));
         }
+        Self { cluster, ..Self::empty(random) }
+    }
+
+    /// The node and its operator's choices, before anything is known of the cluster.
+    pub fn empty(random: &mut Random) -> Self {
         let node = NodeView {
             name: "node-1".into(),
             zone: None,
             addresses: OWN.iter().map(|addr| ip(addr)).collect(),
             primary: Vec::new(),
         };
-        Self { cluster, node, policy: policy(random) }
+        Self { cluster: ClusterSnapshot::default(), node, policy: policy(random) }
     }
 
     /// What the compiler takes of the policy, and of the datapath it works for.
@@ -222,6 +227,7 @@ fn traffic_policy(random: &mut Random) -> TrafficPolicy {
     if random.once_in(3) { TrafficPolicy::Local } else { TrafficPolicy::Cluster }
 }
 
+/// The `i`-th Service.
 pub fn service(i: usize, random: &mut Random) -> Service {
     let (v4, v6) = (ip(&format!("10.96.0.{}", i + 1)), ip(&format!("fd00:10:96::{}", i + 1)));
     let cluster_ips = [vec![v4], vec![v4, v6], vec![v4, v6], vec![v6], Vec::new()];

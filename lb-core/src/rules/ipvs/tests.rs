@@ -4,7 +4,7 @@ use super::*;
 use crate::{
     compile::{CompileConfig, Compiler, NodeView},
     model::{Event, Node},
-    rules::tests::random_changes,
+    rules::tests::{histories, random_changes},
     synthetic,
 };
 
@@ -61,7 +61,7 @@ impl Kernel {
     }
 
     fn link(&mut self, line: &str, words: &[&str]) {
-        let rest = words[2..].iter().take_while(|word| **word != "mtu");
+        let rest = words[2..].iter().take_while(|word| !["mtu", "nodad"].contains(word));
         let what = format!("{} {}", words[0], rest.copied().collect::<Vec<_>>().join(" "));
         let done = if words[1] == "del" { self.links.remove(&what) } else { self.links.insert(what) };
         assert!(done, "{line}: nothing to do");
@@ -100,6 +100,23 @@ fn changes_end_where_writing_everything_does() {
         assert!(Servers::new(Family::V4, Scheduler::Rr).replace(table, &state).phases().next().is_none());
     });
     assert!(drained > 0, "no destination ever drained");
+}
+
+#[test]
+fn whatever_happens_changes_end_where_writing_everything_does() {
+    for family in [Family::V4, Family::V6] {
+        let begin = || (Servers::new(family, Scheduler::Rr), Kernel::default());
+        histories(begin, |(servers, kernel), (at, number), table, changes| {
+            kernel.carry_out(&servers.update(table, changes));
+            let mut fresh = Kernel::default();
+            fresh.carry_out(&Servers::all(table, family, Scheduler::Rr));
+            assert_eq!(kernel.settled(), fresh, "{family}, {at}");
+            if number % 3 == 0 {
+                kernel.carry_out(&servers.sweep(|_, _| true));
+                assert_eq!(*kernel, fresh, "{family}, {at}");
+            }
+        });
+    }
 }
 
 fn ip(text: &str) -> IpAddr {
