@@ -21,7 +21,7 @@ pub(crate) fn slices<'a>(service: &Service, pods: impl Iterator<Item = &'a Pod>)
             let endpoint = Endpoint {
                 addr: *addr,
                 ready: (pod.ready && !pod.terminating) || service.publish_not_ready,
-                serving: pod.ready || service.publish_not_ready,
+                serving: pod.ready,
                 terminating: pod.terminating,
                 node: pod.node.clone(),
                 zone_hints: Vec::new(),

@@ -239,14 +239,21 @@ impl Planner {
                 }
             }
         }
-        for (key @ (family, _), backend) in &actual.backends {
-            let owner = owners.get(&backend.service_id).filter(|owner| owner.family == *family);
+        let alive = |backend: &PlannedBackend| backend.flags & backend_flags::ALIVE != 0;
+        for (key, backend) in actual.backends.iter().filter(|(_, backend)| alive(backend)) {
+            let owner = owners.get(&backend.service_id).filter(|owner| owner.family == key.0);
             match owner.and_then(|owner| self.programmed.get_mut(owner)) {
-                Some(programmed) if backend.flags & backend_flags::ALIVE != 0 => {
-                    programmed.backends.insert((backend.addr, backend.port), (key.1, *backend));
+                Some(programmed) => {
+                    let addr = (backend.addr, backend.port);
+                    if let Some((id, twin)) = programmed.backends.insert(addr, (key.1, *backend)) {
+                        self.orphans.push(((key.0, id), twin));
+                    }
                 }
-                _ if backend.flags & backend_flags::ALIVE != 0 => self.orphans.push((*key, *backend)),
-                _ => {}
+                None => {
+                    // Nobody else gets its service's id while it lives.
+                    self.service_ids.reserve(backend.service_id);
+                    self.orphans.push((*key, *backend));
+                }
             }
         }
         for (service_id, range) in &actual.source_ranges {
