@@ -56,12 +56,7 @@ fn wait_for(cluster: &Cluster, i: u32) {
 
 /// Connections that go on through all that happens, from outside, from a pod and from the node, and new ones all the time.
 fn load(cluster: &Cluster) -> Vec<Load> {
-    let ways = [
-        ("client", None, TARGET),
-        ("pod12", None, TARGET),
-        ("pod12", Some(1), "10.96.0.10:80"),
-        ("node1", Some(1), "10.96.0.10:80"),
-    ];
+    let ways = [("client", None, TARGET), ("pod12", None, TARGET), ("node1", Some(1), "10.96.0.10:80")];
     let clients = ["--connections", "50", "--udp", "10"];
     let loads = ways.map(|(from, served, target)| Load::start(cluster, (from, served), target, &clients));
     std::thread::sleep(Duration::from_secs(1));
