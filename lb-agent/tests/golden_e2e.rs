@@ -96,21 +96,34 @@ fn rules(dir: &Path) -> BTreeMap<&'static str, String> {
         .collect()
 }
 
-/// The lines that an empty cluster hasn't got, under the headings that both have.
+/// The lines that an empty cluster hasn't got, under their headings. What an empty cluster has must all be
+/// there, in that order.
 fn without(text: &str, empty: &str) -> String {
-    let empty: BTreeSet<&str> = empty.lines().collect();
-    let is_heading = |line: &str| line.starts_with('#') || line.starts_with('*');
+    let mut empty = empty.lines().filter(|line| !line.trim().is_empty()).peekable();
     let mut kept = String::new();
-    let mut heading = None;
+    let mut headings: Vec<&str> = Vec::new();
     for line in text.lines().filter(|line| !line.trim().is_empty()) {
-        if is_heading(line) && empty.contains(line) {
-            heading = Some(line);
-        } else if !empty.contains(line) {
-            kept.extend(heading.take().into_iter().flat_map(|heading| [heading, "\n"]));
+        let is_new = empty.next_if_eq(&line).is_none();
+        if let level @ Some(_) = level(line) {
+            headings.retain(|heading| self::level(heading) < level);
+            headings.push(line);
+        } else if is_new {
+            kept.extend(headings.drain(..).flat_map(|heading| [heading, "\n"]));
             kept.extend([line, "\n"]);
         }
     }
+    assert_eq!(empty.next(), None, "an empty cluster has this, too:\n{text}");
     kept
+}
+
+/// Which headings go below which: a family has programs, iptables has tables.
+fn level(line: &str) -> Option<u8> {
+    match line.as_bytes().first()? {
+        b'#' if line.starts_with("# IPv") => Some(0),
+        b'#' => Some(1),
+        b'*' => Some(2),
+        _ => None,
+    }
 }
 
 /// The maps in words. Backends that are gone keep their place's generation.
