@@ -48,7 +48,10 @@ use crate::{
     reset::Resetter,
     retire::Retire,
     serve::{self, Health},
-    source::{About, Notice, Noticed, Notices, Report, Source, kubernetes::Kubernetes, manifests::Manifests},
+    source::{
+        About, Notice, Noticed, Notices, Report, Source, calls::Calls, kubernetes::Kubernetes,
+        manifests::Manifests,
+    },
 };
 
 /// What the programming thread is told.
@@ -139,7 +142,7 @@ async fn serve(
     send(Input::Addresses(network.addresses.clone()))?;
 
     let (reports, mut reported) = mpsc::channel(QUEUE);
-    let mut source = tokio::spawn(start_source(config, reports, noticed));
+    let mut source = tokio::spawn(start_source(config, health.calls(), reports, noticed));
     let servers = serve::start(config, health.clone(), pins.clone(), notices).await?;
     *last = None;
     let mut configuration = Watched::new(options, file, &config.bpf_root);
@@ -213,12 +216,9 @@ fn open_datapath(
     })
 }
 
-async fn start_source_kubernetes(kubernetes: Kubernetes, reports: mpsc::Sender<Report>) -> Result<()> {
-    kubernetes.run(reports).await
-}
-
 fn start_source(
     config: &Config,
+    calls: Calls,
     reports: mpsc::Sender<Report>,
     notices: mpsc::Receiver<Noticed>,
 ) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>> {
@@ -226,7 +226,7 @@ fn start_source(
         SourceConfig::Manifests(dir) => Box::pin(Manifests::new(dir).run(reports)),
         SourceConfig::Kubernetes(access) => {
             let (node, events) = (config.node_name.clone(), !config.dry_run);
-            Box::pin(start_source_kubernetes(Kubernetes { access, node, events, notices }, reports))
+            Box::pin(Kubernetes { access, node, events, calls, notices }.run(reports))
         }
     }
 }

@@ -18,6 +18,7 @@ use axum::{
 use futures::StreamExt as _;
 use lb_agent::source::{
     About, Notice, Noticed, Notices, Report, Source,
+    calls::Calls,
     kubernetes::{Access, Kubernetes},
 };
 use lb_core::model::{Event, ObjectName};
@@ -136,6 +137,13 @@ async fn serve(
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     }
     let (changes, mut away) = (server.watches.subscribe(), server.away.subscribe());
+    if query.contains_key("sendInitialEvents") {
+        let status = json!({
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": "Invalid", "code": 422,
+            "message": "sendInitialEvents: Forbidden: sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled",
+        });
+        return (StatusCode::UNPROCESSABLE_ENTITY, Json(status)).into_response();
+    }
     server.asked.lock().unwrap().push((kind, query.clone()));
     if query.get("watch").is_some_and(|watch| watch == "true" || watch == "1") {
         let lines = futures::stream::unfold(changes, move |mut changes| async move {
@@ -213,6 +221,7 @@ fn start_with(kubeconfig: PathBuf, notices: mpsc::Receiver<Noticed>) -> mpsc::Re
         access: Access { kubeconfig: Some(kubeconfig), ..Access::default() },
         node: "node1".into(),
         events: true,
+        calls: Calls::default(),
         notices,
     };
     tokio::spawn(source.run(sender));

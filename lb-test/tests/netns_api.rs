@@ -86,6 +86,20 @@ impl World {
         fs::read_to_string(self.cluster.agent_log(1)).unwrap()
     }
 
+    /// How often everything of a kind was asked for.
+    fn lists(&self, kind: Kind) -> usize {
+        self.server.count(kind, Verb::List) + self.server.count(kind, Verb::WatchList)
+    }
+
+    /// How many answers with this code the agent has counted.
+    fn answers(&self, code: &str) -> u64 {
+        let curl = ["-sS", "http://127.0.0.1:10249/metrics"];
+        let page = netns::output(self.cluster.lab.command("node1", "curl").args(curl)).unwrap();
+        let name =
+            format!("rest_client_requests_total{{code=\"{code}\",host=\"{CLIENT}:6443\",method=\"GET\"}} ");
+        page.lines().find_map(|line| line.strip_prefix(&name)).map_or(0, |count| count.parse().unwrap())
+    }
+
     /// A connection from a pod of the node: who answers?
     fn asked(&self, number: u8) -> Option<String> {
         self.cluster.tcp("pod12", None, &format!("10.96.0.{number}:80")).unwrap().id
@@ -235,8 +249,47 @@ fn changes_are_served_as_they_come() {
     world.until("ours again", |served| served.contains_key(&frontend(12)));
     assert_eq!(world.asked(12).as_deref(), Some("pod11"));
     for kind in Kind::ALL {
-        assert_eq!(world.server.count(kind, Verb::List), 1, "{kind:?} was listed once");
+        assert_eq!(
+            (world.lists(kind), world.server.count(kind, Verb::List)),
+            (1, 0),
+            "{kind:?} was listed once"
+        );
     }
+}
+
+/// kube-apiserver says up to a second late that a list which begins a watch is complete.
+#[test]
+fn what_goes_before_the_list_is_complete_is_not_served() {
+    let mut world = World::new();
+    world.server.put(&(whole(10) + &whole(11))).unwrap();
+    world.cluster.launch_agent(1).unwrap();
+    world.wait("the list", || world.server.count(Kind::Service, Verb::WatchList) == 1);
+    world.server.delete(Kind::Service, "default", "s11");
+    world
+        .server
+        .put(&(service(10, "labels: {service.kubernetes.io/service-proxy-name: other}") + &whole(12)))
+        .unwrap();
+    world.cluster.wait_until_healthy(1).unwrap();
+    assert_eq!(world.served().keys().collect::<Vec<_>>(), [&frontend(12)]);
+    assert_eq!(world.lists(Kind::Service), 1);
+}
+
+#[test]
+fn lists_come_page_by_page_from_a_server_without_watch_lists() {
+    let mut world = World::new();
+    world.server.without_watch_lists();
+    for number in 0..600 {
+        let (name, address) =
+            (format!("many-{number}"), format!("10.96.{}.{}", 1 + number / 200, 1 + number % 200));
+        let spec = json!({"clusterIP": address, "ports": [{"name": "http", "port": 80}]});
+        world.server.put_value(json!({"kind": "Service", "metadata": {"name": name}, "spec": spec})).unwrap();
+    }
+    world.start();
+    assert_eq!(world.served().len(), 600);
+    let asked = [Verb::WatchList, Verb::List, Verb::Page].map(|verb| world.server.count(Kind::Service, verb));
+    assert_eq!(asked, [1, 1, 1]);
+    world.server.delete(Kind::Service, "default", "many-599");
+    world.until("a deleted Service", |served| served.len() == 599);
 }
 
 #[test]
@@ -276,6 +329,7 @@ fn outage(fault: Fault) {
     world.server.delete(Kind::Service, "default", "s11");
     world.server.put(&(whole(12) + &slice(10, &[&pod_ip(2, 1)]))).unwrap();
     world.until_logged("API server is away");
+    world.wait("no answer is counted as well", || world.answers("<error>") > 0);
     let served = world.served();
     assert_eq!(served.keys().collect::<Vec<_>>(), [&frontend(10), &frontend(11)]);
     assert_eq!(world.asked(10).as_deref(), Some("pod11"), "the last known state is served");
@@ -304,7 +358,12 @@ fn an_api_server_with_an_older_state_is_believed() {
 #[test]
 fn a_forgotten_history_means_a_new_list_and_no_gap() {
     for gone in [Gone::Event, Gone::Http] {
-        let world = World::with(&(whole(10) + &whole(11)));
+        let mut world = World::new();
+        if gone == Gone::Http {
+            world.server.without_watch_lists();
+        }
+        world.server.put(&(whole(10) + &whole(11))).unwrap();
+        world.start();
         world.server.answer_gone_by(gone);
         world.server.fault(Fault::Away);
         world.server.delete(Kind::Service, "default", "s11");
@@ -316,7 +375,7 @@ fn a_forgotten_history_means_a_new_list_and_no_gap() {
                 served.contains_key(&frontend(12)) && !served.contains_key(&frontend(11))
             });
         });
-        assert!(world.server.count(Kind::Service, Verb::List) > 1);
+        assert!(world.lists(Kind::Service) > 1);
     }
 }
 
@@ -328,7 +387,7 @@ fn a_watch_that_expires_means_a_new_list_and_no_gap() {
         world.server.put(&whole(12)).unwrap();
         world.until("after an ERROR of code 410", |served| served.contains_key(&frontend(12)));
     });
-    assert_eq!(world.server.count(Kind::Service, Verb::List), 2);
+    assert_eq!(world.lists(Kind::Service), 2);
     assert!(!world.log().contains("API server is away"), "it is there, and answers");
 }
 
@@ -375,7 +434,7 @@ fn a_watch_cut_in_mid_line_goes_on_where_it_was() {
     world.server.strike(Blow::CutMidLine);
     world.server.put(&whole(11)).unwrap();
     world.until("after half a line", |served| served.contains_key(&frontend(11)));
-    assert_eq!(world.server.count(Kind::Service, Verb::List), 1, "no second list");
+    assert_eq!(world.lists(Kind::Service), 1, "no second list");
 }
 
 #[test]
@@ -387,7 +446,7 @@ fn a_slow_api_server_is_waited_for() {
     assert!(world.serves(10));
     world.server.put(&whole(11)).unwrap();
     world.until("a change at a slow server", |served| served.contains_key(&frontend(11)));
-    assert_eq!(world.server.count(Kind::Service, Verb::List), 1, "slow is not away");
+    assert_eq!(world.lists(Kind::Service), 1, "slow is not away");
 }
 
 #[test]
@@ -397,9 +456,17 @@ fn half_a_list_is_not_waited_for() {
     world.server.fault(Fault::Half);
     world.cluster.launch_agent(1).unwrap();
     world.until_logged("the rest of the list doesn't come");
+    world.until_logged("kind=Service reason=\"it never said that this was all\"");
+    // Whether the server is there is asked by a list, too.
+    world.wait("half an answer is given up", || world.server.count(Kind::Service, Verb::Peek) > 1);
+    assert!(world.served().is_empty(), "half a list is not served");
+    // What is half answered would be waited for.
+    world.server.fault(Fault::Away);
     world.server.heal();
     world.cluster.wait_until_healthy(1).unwrap();
     assert!(world.serves(10));
+    let asked = [Verb::WatchList, Verb::List].map(|verb| world.server.count(Kind::Service, verb));
+    assert_eq!(asked, [1, 1], "page by page");
 }
 
 #[test]
@@ -419,6 +486,9 @@ fn an_api_server_that_fails_is_asked_again() {
         assert!(world.serves(10));
         world.server.heal();
         world.until(&format!("after {code}"), |served| served.contains_key(&frontend(11)));
+        for code in [200, code] {
+            assert!(world.answers(&code.to_string()) > 0, "they are counted as kube-proxy counts them");
+        }
     }
 }
 
@@ -429,7 +499,18 @@ fn a_malformed_service_harms_no_other() {
             "kind: Service\nmetadata: {{name: s{number}}}\nspec: {{clusterIP: 10.96.0.{number}, ports: 'none'}}\n---\n"
         )
     };
-    let world = World::with(&(bad(10) + &whole(11)));
+    for watch_lists in [true, false] {
+        let mut world = World::new();
+        if !watch_lists {
+            world.server.without_watch_lists();
+        }
+        world.server.put(&(bad(10) + &whole(11))).unwrap();
+        world.start();
+        one_malformed_service(&world, bad);
+    }
+}
+
+fn one_malformed_service(world: &World, bad: impl Fn(u8) -> String) {
     assert_eq!(world.served().keys().collect::<Vec<_>>(), [&frontend(11)]);
     world.wait("an Event on it", || !world.notes_on("s10").is_empty());
     assert!(world.notes_on("s10")[0].contains("skipped"), "{:?}", world.notes_on("s10"));
@@ -446,14 +527,14 @@ fn a_malformed_service_harms_no_other() {
 
     world.server.put(&whole(10)).unwrap();
     world.until("mended", |served| served.contains_key(&frontend(10)));
-    world.wait("its warning is over", || cleared(&world, "s10"));
-    assert!(!cleared(&world, "s11"));
+    world.wait("its warning is over", || cleared(world, "s10"));
+    assert!(!cleared(world, "s11"), "{}", world.log());
     world.server.fault(Fault::Away);
     world.server.delete(Kind::Service, "default", "s11");
     world.server.compact();
     world.server.heal();
     world.until("gone at last", |served| !served.contains_key(&frontend(11)));
-    world.wait("what vanishes in a list takes its warning along", || cleared(&world, "s11"));
+    world.wait("what vanishes in a list takes its warning along", || cleared(world, "s11"));
 }
 
 fn cleared(world: &World, name: &str) -> bool {

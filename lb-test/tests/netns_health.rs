@@ -621,6 +621,8 @@ fn check_pages(cluster: &Cluster, mode: &str) {
     let said = page(cluster, "proxyMode");
     assert_eq!((said.status, said.body.as_str()), (200, mode));
     assert_eq!(said.header("content-type"), "text/plain; charset=utf-8");
+    let said = page(cluster, "metrics/slis");
+    assert_eq!((said.status, said.body.as_str()), (200, ""));
     let said = page(cluster, "configz");
     assert_eq!((said.status, said.header("content-type")), (200, "application/json"));
     let config = said.json();

@@ -18,6 +18,7 @@ use crate::{
     netlink::{DeviceChoice, Netlink},
     source::{
         Notices, Report, Source,
+        calls::Calls,
         kubernetes::{Access, Kubernetes},
         manifests::Manifests,
     },
@@ -87,7 +88,8 @@ async fn objects(source: SourceConfig, node: &str) -> Result<(Vec<Event>, Vec<Wa
     };
     let (sender, mut reports) = mpsc::channel(256);
     let (_, notices) = Notices::channel();
-    let kubernetes = Kubernetes { access, node: node.into(), events: false, notices };
+    let kubernetes =
+        Kubernetes { access, node: node.into(), events: false, calls: Calls::default(), notices };
     let mut source = tokio::spawn(kubernetes.run(sender));
     let (mut events, mut warnings) = (Vec::new(), Vec::new());
     let patience = tokio::time::sleep(PATIENCE);

@@ -26,6 +26,7 @@ use crate::{
     args::Mode,
     datapath::{ApplyReport, DatapathError},
     retire::Left,
+    source::calls::Calls,
 };
 
 /// Services whose load balancers ask this node.
@@ -96,6 +97,11 @@ impl Health {
         let mut state = self.lock();
         (state.node, state.mode, state.limit) = (node, mode, 2 * sync_period);
         self.metrics.start();
+    }
+
+    /// Where answers of the API server are counted.
+    pub fn calls(&self) -> Calls {
+        self.metrics.calls.clone()
     }
 
     /// The cluster changed: the kernel has to follow.

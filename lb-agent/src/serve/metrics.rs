@@ -25,6 +25,7 @@ use crate::{
         ebpf::maps::{self, Pins},
     },
     retire::Left,
+    source::calls::Calls,
 };
 
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
@@ -48,6 +49,7 @@ pub(super) struct Metrics {
     without_local: IntGaugeVec,
     conntrack_duration: ByFamily<Histogram>,
     conntrack_deleted: ByFamily<IntCounter>,
+    pub(super) calls: Calls,
     restore_failures: ByFamily<IntCounter>,
     partial_restore_failures: ByFamily<IntCounter>,
     iptables_rules: IntGaugeVec,
@@ -257,6 +259,7 @@ impl Default for Metrics {
                 "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total",
                 "Cumulative proxy nftables cleanup failures",
             ),
+            calls: Calls::default(),
             ours: Ours::new(&all),
             all: all.0,
             of_iptables: iptables.0,
@@ -264,7 +267,10 @@ impl Default for Metrics {
             of_nftables: nftables.0,
             answering: Mutex::default(),
         };
-        metrics.all.register(Box::new(ProcessCollector::for_self())).expect("each name is given once");
+        let process: Box<dyn Collector> = Box::new(ProcessCollector::for_self());
+        for collector in metrics.calls.metrics().into_iter().chain([process]) {
+            metrics.all.register(collector).expect("each name is given once");
+        }
         metrics.count_without_local(&ServiceTable::default());
         metrics
     }

@@ -30,6 +30,8 @@ struct Shared {
 pub(super) fn router(health: Arc<Health>, pins: Pins) -> Router {
     Router::new()
         .route("/metrics", any(metrics))
+        // Nothing in kube-proxy reports to it (`component-base/metrics/prometheus/slis`).
+        .route("/metrics/slis", any(async || answer(StatusCode::OK, METRICS, String::new())))
         .route("/healthz", any(async || answer(StatusCode::OK, TEXT, "ok".into())))
         .route("/proxyMode", any(proxy_mode))
         .route("/configz", any(configz))
@@ -43,9 +45,12 @@ pub(super) fn router(health: Arc<Health>, pins: Pins) -> Router {
         .with_state(Shared { health, pins })
 }
 
+/// Prometheus's text format.
+const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
+
 async fn metrics(State(Shared { health, pins }): State<Shared>) -> Response {
     let text = health.metrics.text(health.mode(), &pins);
-    answer(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
+    answer(StatusCode::OK, METRICS, text)
 }
 
 async fn proxy_mode(State(shared): State<Shared>) -> Response {

@@ -11,10 +11,7 @@ use kube::{
     Client, Config, Resource,
     client::{ClientBuilder, ConfigExt},
     config::{KubeConfigOptions, Kubeconfig},
-    runtime::{
-        events::{Event as KubeEvent, EventType, Recorder, Reporter},
-        watcher,
-    },
+    runtime::events::{Event as KubeEvent, EventType, Recorder, Reporter},
 };
 use lb_core::model::{Event, ObjectName, Warning};
 use serde::de::DeserializeOwned;
@@ -25,6 +22,8 @@ use tracing::debug;
 
 use super::{
     About, Notice, Noticed, Report, Reports, Source,
+    calls::{Calls, CallsOf},
+    follow::Wanted,
     watch::{Told, watch},
 };
 use crate::convert;
@@ -48,6 +47,8 @@ pub struct Kubernetes {
     pub node: Arc<str>,
     /// What is wrong with an object is put on it as an Event, too.
     pub events: bool,
+    /// Where its answers are counted.
+    pub calls: Calls,
     /// What else is to be put on objects.
     pub notices: mpsc::Receiver<Noticed>,
 }
@@ -71,19 +72,21 @@ impl Kubernetes {
         }
         // The watches try again themselves, and say so.
         config.default_retry = false;
+        let calls = self.calls.of(config.cluster_url.authority().map_or("", |host| host.as_str()));
         if config.proxy_url.is_some() {
             // Whether the proxy's peer still talks is the proxy's business.
             let builder = ClientBuilder::try_from(config).context("make an API client")?;
-            return Ok(builder.with_layer(&TimeoutLayer::new(ANSWER_LIMIT)).build());
+            let builder = builder.with_layer(&TimeoutLayer::new(ANSWER_LIMIT));
+            return Ok(builder.with_layer(&calls).build());
         }
-        attentive(&config).context("make an API client")
+        attentive(&config, calls).context("make an API client")
     }
 }
 
 /// As kube makes it, but over sockets that ask whether a silent peer is still there: a watch may have nothing to say for
 /// minutes, and a server that vanished, or a connection that a firewall forgot, says nothing either. (client-go asks by
 /// HTTP/2 pings, with the same limits.)
-fn attentive(config: &Config) -> Result<Client> {
+fn attentive(config: &Config, calls: CallsOf) -> Result<Client> {
     let mut connector = HttpConnector::new();
     // TLS comes on top.
     connector.enforce_http(false);
@@ -95,6 +98,7 @@ fn attentive(config: &Config) -> Result<Client> {
     connector.set_tcp_user_timeout(Some(SILENCE + ASK_AGAIN * ASKS));
     let connector = config.rustls_https_connector_with_connector(connector)?;
     let service = ServiceBuilder::new()
+        .layer(calls)
         .layer(TimeoutLayer::new(ANSWER_LIMIT))
         .layer(config.base_uri_layer())
         .layer(DecompressionLayer::new().gzip(!config.disable_compression))
@@ -122,7 +126,7 @@ pub trait Watched: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug
     /// An API server without this kind will do.
     const OPTIONAL: bool = false;
     /// What the API server filters for us.
-    fn config() -> watcher::Config;
+    const WANTED: Wanted = Wanted { labels: None, fields: None };
     /// `None`: none of ours, as if it didn't exist.
     fn event(&self, warnings: &mut Vec<Warning>) -> Option<Event>;
     /// It is gone.
@@ -131,11 +135,10 @@ pub trait Watched: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug
 
 impl Watched for core::Service {
     const KIND: &'static str = "Service";
-    fn config() -> watcher::Config {
-        watcher::Config::default()
-            .labels("!service.kubernetes.io/service-proxy-name")
-            .fields("spec.clusterIP!=None")
-    }
+    const WANTED: Wanted = Wanted {
+        labels: Some("!service.kubernetes.io/service-proxy-name"),
+        fields: Some("spec.clusterIP!=None"),
+    };
     fn event(&self, warnings: &mut Vec<Warning>) -> Option<Event> {
         convert::service(self, warnings).filter(|service| !service.cluster_ips.is_empty()).map(Event::Service)
     }
@@ -146,9 +149,7 @@ impl Watched for core::Service {
 
 impl Watched for discovery::EndpointSlice {
     const KIND: &'static str = "EndpointSlice";
-    fn config() -> watcher::Config {
-        watcher::Config::default().labels("!service.kubernetes.io/headless")
-    }
+    const WANTED: Wanted = Wanted { labels: Some("!service.kubernetes.io/headless"), fields: None };
     fn event(&self, warnings: &mut Vec<Warning>) -> Option<Event> {
         convert::endpoint_slice(self, warnings).map(Event::EndpointSlice)
     }
@@ -159,9 +160,6 @@ impl Watched for discovery::EndpointSlice {
 
 impl Watched for core::Node {
     const KIND: &'static str = "Node";
-    fn config() -> watcher::Config {
-        watcher::Config::default()
-    }
     fn event(&self, warnings: &mut Vec<Warning>) -> Option<Event> {
         Some(Event::Node(convert::node(self, warnings)))
     }
@@ -174,9 +172,6 @@ impl Watched for networking::ServiceCIDR {
     const KIND: &'static str = "ServiceCIDR";
     /// Kubernetes 1.33 has it.
     const OPTIONAL: bool = true;
-    fn config() -> watcher::Config {
-        watcher::Config::default()
-    }
     fn event(&self, warnings: &mut Vec<Warning>) -> Option<Event> {
         Some(Event::ServiceCidr(convert::service_cidr(self, warnings)))
     }

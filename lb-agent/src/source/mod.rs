@@ -1,7 +1,10 @@
 //! Where the cluster's objects come from.
 
+pub mod calls;
+mod follow;
 pub mod kubernetes;
 pub mod manifests;
+pub mod readable;
 mod trouble;
 mod watch;
 

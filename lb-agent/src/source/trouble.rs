@@ -2,8 +2,6 @@
 
 use std::error::Error;
 
-use kube::runtime::watcher;
-
 /// What is in the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
@@ -24,19 +22,8 @@ pub enum Trouble {
 }
 
 impl Trouble {
-    /// What a watch failed of.
-    pub fn of(error: &watcher::Error) -> Self {
-        match error {
-            watcher::Error::InitialListFailed(error)
-            | watcher::Error::WatchStartFailed(error)
-            | watcher::Error::WatchFailed(error) => Self::of_request(error),
-            watcher::Error::WatchError(status) => Self::of_code(status.code),
-            watcher::Error::NoResourceVersion => Self::Failing,
-        }
-    }
-
-    /// What a request failed of.
-    pub fn of_request(error: &kube::Error) -> Self {
+    /// What a request or a watch failed of.
+    pub fn of(error: &kube::Error) -> Self {
         match error {
             kube::Error::Api(status) => Self::of_code(status.code),
             kube::Error::SerdeError(_) => Self::Failing,
@@ -123,21 +110,19 @@ mod tests {
             (429, Trouble::Failing),
             (500, Trouble::Failing),
         ] {
-            let error = watcher::Error::WatchStartFailed(refused(code));
-            assert_eq!(Trouble::of(&error), trouble, "{code}");
+            assert_eq!(Trouble::of(&refused(code)), trouble, "{code}");
         }
         let broken = kube::Error::Service(Box::new(io::Error::other("connection reset")));
-        assert_eq!(Trouble::of(&watcher::Error::WatchFailed(broken)), Trouble::Away);
+        assert_eq!(Trouble::of(&broken), Trouble::Away);
         let tls = kube::Error::Service(Box::new(io::Error::other("invalid peer certificate: UnknownIssuer")));
-        assert_eq!(Trouble::of_request(&tls), Trouble::Untrusted);
+        assert_eq!(Trouble::of(&tls), Trouble::Untrusted);
     }
 
     #[test]
     fn causes_are_said_once() {
-        let error = watcher::Error::InitialListFailed(refused(401));
-        assert_eq!(reason(&error), "failed to perform initial object list: 401 Because: no");
+        assert_eq!(reason(&refused(401)), "401 Because: no");
         let broken = kube::Error::Service(Box::new(io::Error::other("connection reset")));
-        let text = reason(&watcher::Error::WatchFailed(broken));
+        let text = reason(&broken);
         assert_eq!(text.matches("connection reset").count(), 1, "{text}");
     }
 }

@@ -6,16 +6,12 @@
 use std::collections::BTreeSet;
 
 use anyhow::Result;
-use futures::{StreamExt, stream::BoxStream};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
-    Api, Client,
+    Api, Client, Error, Resource,
     api::ListParams,
-    core::{DeserializeGuard, error_boundary::InvalidObject},
-    runtime::{
-        utils::Backoff,
-        watcher::{self, DefaultBackoff, watcher},
-    },
+    core::error_boundary::InvalidObject,
+    runtime::{utils::Backoff, watcher::DefaultBackoff},
 };
 use lb_core::model::{ObjectName, Warning};
 use tokio::{
@@ -26,7 +22,9 @@ use tracing::{debug, info, warn};
 
 use super::{
     Report, Reports,
+    follow::{Follow, Said},
     kubernetes::{ANSWER_LIMIT, Note, Watched},
+    readable::Readable,
     trouble::{Trouble, reason},
 };
 
@@ -46,24 +44,21 @@ pub struct Told {
 /// Watches one kind for good; an optional one ends if there is none.
 pub async fn watch<K: Watched>(to: Told) -> Result<()> {
     let mut watch: Watch<K> = Watch::new(to);
-    while let Some(event) = watch.next().await {
-        match event {
-            Ok(event) => watch.take(event).await?,
+    loop {
+        match watch.next().await {
+            Ok(said) => watch.take(said).await?,
             Err(error) => {
                 if !watch.failed(error).await? {
-                    break;
+                    return Ok(());
                 }
             }
         }
     }
-    Ok(())
 }
 
-type Events<K> = BoxStream<'static, watcher::Result<watcher::Event<DeserializeGuard<K>>>>;
-
 struct Watch<K> {
-    api: Api<DeserializeGuard<K>>,
-    stream: Events<K>,
+    api: Api<Readable<K>>,
+    follow: Follow<K>,
     to: Told,
     /// Whom to tell of the first complete list.
     first: Option<mpsc::Sender<()>>,
@@ -78,15 +73,14 @@ struct Watch<K> {
     /// The highest resource version of an object.
     newest: u64,
     trouble: Option<Trouble>,
-    /// kube's own forgets its waits at the `Init` that precedes each failing list.
     backoff: DefaultBackoff,
 }
 
 impl<K: Watched> Watch<K> {
     fn new(to: Told) -> Self {
-        let api: Api<DeserializeGuard<K>> = Api::all(to.client.clone());
+        let api: Api<Readable<K>> = Api::all(to.client.clone());
         Self {
-            stream: watcher(api.clone(), K::config()).boxed(),
+            follow: Follow::new(api.clone(), K::WANTED),
             api,
             first: Some(to.synced.clone()),
             to,
@@ -101,52 +95,51 @@ impl<K: Watched> Watch<K> {
     }
 
     /// A watch may be silent for long, a list that has begun may not.
-    async fn next(&mut self) -> Option<watcher::Result<watcher::Event<DeserializeGuard<K>>>> {
+    async fn next(&mut self) -> kube::Result<Said<K>> {
         if !self.listing {
-            return self.stream.next().await;
+            return self.follow.next().await;
         }
-        let next = timeout(ANSWER_LIMIT, self.stream.next()).await;
+        let next = timeout(ANSWER_LIMIT, self.follow.next()).await;
         next.unwrap_or_else(|_| {
-            self.restart();
-            let late = kube::Error::Service("the rest of the list doesn't come".into());
-            Some(Err(watcher::Error::InitialListFailed(late)))
+            self.follow.late();
+            Err(cut_off())
         })
     }
 
-    async fn take(&mut self, event: watcher::Event<DeserializeGuard<K>>) -> Result<()> {
-        if !matches!(event, watcher::Event::Init) {
+    async fn take(&mut self, said: Said<K>) -> Result<()> {
+        if !matches!(said, Said::Begin) {
             self.backoff.reset();
             self.is_back();
         }
-        match event {
-            watcher::Event::Init => {
-                self.listing = true;
+        match said {
+            Said::Begin => {
+                (self.newest, self.listing) = (0, true);
                 self.listed.clear();
             }
-            watcher::Event::InitApply(object) => {
+            Said::Object(object) => {
                 let name = name_of(&object);
-                self.listed.insert(name.clone());
+                if self.listing {
+                    self.listed.insert(name.clone());
+                }
                 self.object(object, name).await?;
             }
-            watcher::Event::InitDone => {
+            Said::Deleted(object) => {
+                let name = name_of(&object);
+                self.saw(&object);
+                self.listed.remove(&name);
+                self.gone(name).await?;
+            }
+            Said::Complete => {
                 self.listing = false;
                 self.vanish().await?;
                 self.all_reported().await?;
-            }
-            watcher::Event::Apply(object) => {
-                let name = name_of(&object);
-                self.object(object, name).await?;
-            }
-            watcher::Event::Delete(object) => {
-                self.saw(&object);
-                self.gone(name_of(&object)).await?;
             }
         }
         Ok(())
     }
 
     /// Takes an object in; one that can't be read keeps what was known of it.
-    async fn object(&mut self, object: DeserializeGuard<K>, name: ObjectName) -> Result<()> {
+    async fn object(&mut self, object: Readable<K>, name: ObjectName) -> Result<()> {
         self.saw(&object);
         let mut warnings = Vec::new();
         match object.0 {
@@ -223,13 +216,13 @@ impl<K: Watched> Watch<K> {
         Ok(())
     }
 
-    fn saw(&mut self, object: &DeserializeGuard<K>) {
-        let version = metadata(object).resource_version.as_deref().and_then(|version| version.parse().ok());
+    fn saw(&mut self, object: &Readable<K>) {
+        let version = object.meta().resource_version.as_deref().and_then(|version| version.parse().ok());
         self.newest = self.newest.max(version.unwrap_or(0));
     }
 
     /// Says what is wrong and waits before the next try. `false`: there is nothing to watch.
-    async fn failed(&mut self, error: watcher::Error) -> Result<bool> {
+    async fn failed(&mut self, error: Error) -> Result<bool> {
         let trouble = Trouble::of(&error);
         self.is_in(trouble, &error);
         if K::OPTIONAL && matches!(trouble, Trouble::Missing | Trouble::Forbidden) {
@@ -239,11 +232,8 @@ impl<K: Watched> Watch<K> {
             return Ok(false);
         }
         self.pause().await;
-        match trouble {
-            // kube's watcher would ask for the same version again if it was refused by HTTP.
-            Trouble::Forgotten => self.restart(),
-            Trouble::Away if self.newest > 0 => self.wait_until_back().await,
-            _ => {}
+        if trouble == Trouble::Away && self.newest > 0 {
+            self.wait_until_back().await;
         }
         Ok(true)
     }
@@ -252,7 +242,9 @@ impl<K: Watched> Watch<K> {
     /// wait until its versions have caught up: all is listed again.
     async fn wait_until_back(&mut self) {
         loop {
-            match self.api.list(&ListParams::default().limit(1)).await {
+            let one = ListParams::default().limit(1);
+            let answer = timeout(ANSWER_LIMIT, self.api.list(&one)).await;
+            match answer.unwrap_or_else(|_| Err(cut_off())) {
                 Ok(list) => {
                     let version = list.metadata.resource_version.and_then(|version| version.parse().ok());
                     if version.is_some_and(|version: u64| version < self.newest) {
@@ -260,12 +252,12 @@ impl<K: Watched> Watch<K> {
                             kind = K::KIND,
                             "the API server has an older state; everything is listed again"
                         );
-                        self.restart();
+                        self.follow.restart();
                     }
                     return self.is_back();
                 }
                 Err(error) => {
-                    let trouble = Trouble::of_request(&error);
+                    let trouble = Trouble::of(&error);
                     self.is_in(trouble, &error);
                     self.pause().await;
                     if trouble != Trouble::Away {
@@ -274,11 +266,6 @@ impl<K: Watched> Watch<K> {
                 }
             }
         }
-    }
-
-    fn restart(&mut self) {
-        (self.newest, self.listing) = (0, true);
-        self.stream = watcher(self.api.clone(), K::config()).boxed();
     }
 
     async fn pause(&mut self) {
@@ -307,19 +294,16 @@ impl<K: Watched> Watch<K> {
     }
 }
 
+fn cut_off() -> Error {
+    Error::Service("the rest of the list doesn't come".into())
+}
+
 fn origin<K: Watched>(name: &ObjectName) -> String {
     format!("{} {name}", K::KIND)
 }
 
-fn metadata<K: Watched>(object: &DeserializeGuard<K>) -> &kube::core::ObjectMeta {
-    match &object.0 {
-        Ok(object) => object.meta(),
-        Err(invalid) => &invalid.metadata,
-    }
-}
-
-fn name_of<K: Watched>(object: &DeserializeGuard<K>) -> ObjectName {
-    let meta = metadata(object);
+fn name_of<K: Watched>(object: &Readable<K>) -> ObjectName {
+    let meta = object.meta();
     ObjectName::new(meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
 }
 

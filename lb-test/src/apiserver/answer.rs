@@ -72,8 +72,11 @@ pub async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Resp
     if conduct.fault == Some(Fault::Half) { half(answer).await } else { answer }
 }
 
-/// An answer whose second half never comes.
+/// An answer whose second half never comes; refusals are short.
 async fn half(answer: Response) -> Response {
+    if !answer.status().is_success() {
+        return answer;
+    }
     let (mut parts, body) = answer.into_parts();
     let Some(length) = body.size_hint().exact() else { return Response::from_parts(parts, body) };
     let text = to_bytes(body, usize::MAX).await.unwrap_or_default();

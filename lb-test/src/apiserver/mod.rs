@@ -40,7 +40,7 @@ pub enum Fault {
     Away,
     /// Connections are taken and requests read, but these get no answer, ever; watches stand still and go on later.
     Hang,
-    /// Answers stop in the middle; what comes as a stream is left alone.
+    /// Answers stop in the middle, and a watch that begins with all objects never says that this was all.
     Half,
     /// Every answer waits for so long.
     Slow(Duration),

@@ -126,7 +126,7 @@ impl Watch {
             tokio::select! {
                 _ = versions.changed() => {}
                 _ = conducts.changed() => {}
-                _ = bookmark.tick(), if self.bookmarks => {
+                _ = bookmark.tick(), if self.bookmarks && !(ends_initial && is_half(&conducts)) => {
                     self.send_bookmark(std::mem::take(&mut ends_initial)).await?;
                 }
                 () = self.lines.closed() => return Err(Over),
@@ -204,6 +204,10 @@ impl Watch {
     async fn send(&self, text: String) -> Result<(), Over> {
         Ok(self.lines.send(Ok(Bytes::from(text))).await?)
     }
+}
+
+fn is_half(conducts: &channel::Receiver<Conduct>) -> bool {
+    conducts.borrow().fault == Some(Fault::Half)
 }
 
 /// An object of this kind with nothing but metadata, as Go writes it.

@@ -1,5 +1,7 @@
 //! Benchmarks: what a packet costs, and how long programming takes. They report; they never fail on a time.
 
+mod wire;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -12,7 +14,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use aya::{
     Ebpf,
-    maps::{Array, ProgramArray},
+    maps::{Array, MapError, ProgramArray},
     programs::{Program, ProgramFd, TestRun, TestRunOptions, Xdp},
 };
 use clap::{Parser, Subcommand};
@@ -20,13 +22,19 @@ use lb_agent::{
     args::Mode,
     datapath::{
         Datapath,
-        ebpf::maps::Wire,
+        ebpf::{
+            load::Generation,
+            maps::{Maps, Pins, Wire},
+        },
         iptables::IptablesDatapath,
         ipvs::{IpvsConfig, IpvsDatapath},
         nftables::NftablesDatapath,
     },
 };
-use lb_common::{abi::BenchConfig, outcome::Hook};
+use lb_common::{
+    abi::{BenchConfig, FrontendKey},
+    outcome::Hook,
+};
 use lb_core::{
     compile::{CompileConfig, Compiler, NodeView},
     model::Event,
@@ -75,6 +83,8 @@ enum What {
         #[arg(long, value_name = "FILE")]
         to: PathBuf,
     },
+    /// A watch event, read from JSON and from protobuf.
+    Wire,
     /// An agent that starts at an API server with so many Services of 10 endpoints each, and 1 000 Nodes.
     Api {
         /// How many Services, one measurement each.
@@ -89,6 +99,7 @@ fn main() -> Result<()> {
         What::Packet => packet()?,
         What::Sync { services, modes } => sync(&services, &modes)?,
         What::Plot { measured, to } => return draw(&measured, &to),
+        What::Wire => wire::wire(slice(1, (0, 0x0b00_0001)))?,
         What::Api { services } => services.iter().map(|count| api(*count)).collect::<Result<_>>()?,
     };
     if args.json {
@@ -436,7 +447,7 @@ fn rss_mib() -> u64 {
     line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
 }
 
-/// How long a real agent takes from its start until it is programmed, and the most memory it needs.
+/// An agent at an API server: how soon it serves, what it holds and takes, and how far behind changes it falls.
 fn api(services: u32) -> Result<Value> {
     let mut cluster = Cluster::new(Cni::Routed, 0)?;
     let server = ApiServer::start(&cluster.lab, "client", format!("{CLIENT_ADDRESS}:6443").parse()?)?;
@@ -446,11 +457,17 @@ fn api(services: u32) -> Result<Value> {
     cluster.start_agents(&[1])?;
     let elapsed = started.elapsed();
     let pid = cluster.agent_pid(1).context("an agent")?;
+    thread::sleep(SETTLING);
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let before = cpu_ms(pid)?;
+    let before = cpu_time(pid)?;
     thread::sleep(IDLE);
-    let idle = cpu_ms(pid)? - before;
-    let (sent, lag) = churn(&cluster, &server, services)?;
+    let idle = cpu_time(pid)? - before;
+    let pins = Pins::new(&cluster.lab.bpf_root("node1"));
+    let behind: Vec<Value> = [5, 10, 20]
+        .into_iter()
+        .zip(services..)
+        .map(|(secs, more)| churn(&server, &pins, pid, services, Duration::from_secs(secs), more))
+        .collect::<Result<_>>()?;
     let kib = |field: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(field));
         line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok())
@@ -460,29 +477,50 @@ fn api(services: u32) -> Result<Value> {
         "ms": elapsed.as_millis() as u64,
         "peak_mib": kib("VmHWM:").map(|kib| kib / 1024),
         "mib": kib("VmRSS:").map(|kib| kib / 1024),
-        "idle_cpu_ms_in_20_s": idle,
-        "updates_per_s": sent,
-        "behind_ms": lag,
+        "idle_percent_of_a_core": percent(idle, IDLE),
+        "under_updates": behind,
     }))
 }
 
-/// How long nothing happens.
-const IDLE: Duration = Duration::from_secs(20);
+/// What is left to do after the first sync is done after so long.
+const SETTLING: Duration = Duration::from_secs(5);
 
-/// CPU time that a process has taken, in milliseconds: fields 14 and 15 of proc_pid_stat(5), in ticks of 10 ms.
-fn cpu_ms(pid: u32) -> Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let after_name = stat.rsplit(')').next().unwrap_or_default();
-    let ticks = after_name.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok());
-    Ok(ticks.sum::<u64>() * 10)
+/// How long nothing happens: two periods in which everything is looked at.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// In hundredths of a percent.
+fn percent(cpu: Duration, of: Duration) -> f64 {
+    (cpu.as_secs_f64() / of.as_secs_f64() * 10_000.0).round() / 100.0
 }
 
-/// For five seconds one endpoint after the other is replaced, 5 000 times a second; then one more Service. Returns how
-/// many a second it was, and when that Service was served, in milliseconds.
-fn churn(cluster: &Cluster, server: &ApiServer, services: u32) -> Result<(u64, u64)> {
-    let begun = Instant::now();
+/// CPU time that a process has taken, threads that are gone included.
+fn cpu_time(pid: u32) -> Result<Duration> {
+    let mut clock = 0;
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: both write to what is passed, which lives as long as the calls.
+    let failed = unsafe {
+        libc::clock_getcpuclockid(pid as libc::pid_t, &mut clock) != 0
+            || libc::clock_gettime(clock, &mut time) != 0
+    };
+    if failed {
+        bail!("no CPU clock of process {pid}");
+    }
+    Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
+}
+
+/// For some time one endpoint after the other is replaced, 5 000 times a second; then one more Service comes: how soon is
+/// it served?
+fn churn(
+    server: &ApiServer,
+    pins: &Pins,
+    pid: u32,
+    services: u32,
+    time: Duration,
+    more: u32,
+) -> Result<Value> {
+    let (begun, before) = (Instant::now(), cpu_time(pid)?);
     let mut sent = 0;
-    while begun.elapsed() < Duration::from_secs(5) {
+    while begun.elapsed() < time {
         for _ in 0..50 {
             let replaced = (sent % 10, 0x0b00_0000 + sent);
             server.put_value(slice(sent % services, replaced))?;
@@ -492,12 +530,36 @@ fn churn(cluster: &Cluster, server: &ApiServer, services: u32) -> Result<(u64, u
             (begun + Duration::from_millis(u64::from(sent) / 5)).saturating_duration_since(Instant::now()),
         );
     }
-    let per_second = (f64::from(sent) / begun.elapsed().as_secs_f64()) as u64;
-    server.put_value(service(services))?;
-    server.put_value(slice(services, (0, 0x0b00_0000)))?;
+    let per_second = f64::from(sent) / begun.elapsed().as_secs_f64();
+    server.put_value(slice(more, (0, 0x0b00_0000)))?;
+    server.put_value(service(more))?;
     let last = Instant::now();
-    cluster.wait_for(1, &format!("{}:80/TCP", cluster_ip(services)), 10)?;
-    Ok((per_second, last.elapsed().as_millis() as u64))
+    while !has_frontend(pins, cluster_ip(more))? {
+        if last.elapsed() > GIVE_UP {
+            bail!("{} isn't served after {GIVE_UP:?}", cluster_ip(more));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(json!({
+        "s": time.as_secs(),
+        "per_s": per_second as u64,
+        "behind_ms": last.elapsed().as_millis() as u64,
+        "percent_of_a_core": percent(cpu_time(pid)? - before, begun.elapsed()),
+    }))
+}
+
+/// An agent that takes longer is not behind but broken.
+const GIVE_UP: Duration = Duration::from_secs(60);
+
+/// Whether the kernel has a frontend on port 80.
+fn has_frontend(pins: &Pins, addr: Ipv4Addr) -> Result<bool> {
+    let maps = Maps::open(pins, Generation::Present)?;
+    let key = FrontendKey { addr: addr.octets(), port: 80, proto: libc::IPPROTO_TCP as u8, pad: 0 };
+    match maps.v4.frontends.get(&Wire(key), 0) {
+        Ok(_) => Ok(true),
+        Err(MapError::KeyNotFound) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn cluster_ip(number: u32) -> Ipv4Addr {
