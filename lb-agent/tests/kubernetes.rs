@@ -3,8 +3,11 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
-    sync::{Arc, Mutex},
-    time::Duration,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -32,6 +35,8 @@ struct Server {
     /// Lists of this kind wait.
     held: watch::Sender<&'static str>,
     away: watch::Sender<bool>,
+    /// Watches end as soon as they begin.
+    hasty: AtomicBool,
     /// Lists of this kind are forbidden.
     forbidden: Mutex<&'static str>,
     version: Mutex<u64>,
@@ -58,6 +63,7 @@ impl Server {
             watches: broadcast::channel(64).0,
             held: watch::channel(held).0,
             away: watch::channel(false).0,
+            hasty: AtomicBool::default(),
             forbidden: Mutex::default(),
             version: Mutex::new(100),
             events: Mutex::default(),
@@ -100,6 +106,23 @@ impl Server {
             None => objects.push(object.clone()),
         }
         let _ = self.watches.send((kind, json!({ "type": change, "object": object })));
+    }
+
+    /// How often a kind was watched.
+    fn watched(&self, kind: &str) -> usize {
+        let asked = self.asked.lock().unwrap();
+        asked.iter().filter(|(known, query)| *known == kind && query.contains_key("watch")).count()
+    }
+
+    /// Waits until a kind was watched so often.
+    async fn wait_for_watch(&self, kind: &str, times: usize) {
+        for _ in 0..3_000 {
+            if self.watched(kind) >= times {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("{kind} not watched {times} times");
     }
 
     /// Forgets an object without telling the watches, as if they had been cut off meanwhile.
@@ -146,6 +169,9 @@ async fn serve(
     }
     server.asked.lock().unwrap().push((kind, query.clone()));
     if query.get("watch").is_some_and(|watch| watch == "true" || watch == "1") {
+        if server.hasty.load(Ordering::Relaxed) {
+            return Body::empty().into_response();
+        }
         let lines = futures::stream::unfold(changes, move |mut changes| async move {
             loop {
                 match changes.recv().await {
@@ -287,20 +313,7 @@ async fn changes_expiry_and_absence_are_survived() {
     let mut reports = start(kubeconfig);
     while next(&mut reports).await != Report::Synced {}
     // The watch is asked for after the list.
-    let watched = |server: &Server, kind: &str| {
-        let asked = server.asked.lock().unwrap();
-        asked.iter().filter(|(known, query)| *known == kind && query.contains_key("watch")).count()
-    };
-    let wait_for_watch = async |times: usize| {
-        for _ in 0..300 {
-            if watched(&server, "endpointslices") >= times {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        panic!("not watched {times} times");
-    };
-    wait_for_watch(1).await;
+    server.wait_for_watch("endpointslices", 1).await;
     server.put("endpointslices", slice("10.244.0.6"));
     assert_eq!(addr_of(&changed(&mut reports).await).as_deref(), Some("10.244.0.6"));
 
@@ -310,7 +323,7 @@ async fn changes_expiry_and_absence_are_survived() {
     let gone = Event::EndpointSliceGone(ObjectName::new("shop", "web-1"));
     assert_eq!(changed(&mut reports).await, std::slice::from_ref(&gone));
 
-    wait_for_watch(2).await;
+    server.wait_for_watch("endpointslices", 2).await;
     server.put("endpointslices", slice("10.244.0.7"));
     assert_eq!(addr_of(&changed(&mut reports).await).as_deref(), Some("10.244.0.7"));
 
@@ -323,9 +336,9 @@ async fn changes_expiry_and_absence_are_survived() {
     // Back, with a history of its own.
     *server.version.lock().unwrap() = 5;
     server.away.send_replace(false);
-    let watches = watched(&server, "endpointslices");
+    let watches = server.watched("endpointslices");
     server.put("endpointslices", slice("10.244.0.8"));
-    wait_for_watch(watches + 1).await;
+    server.wait_for_watch("endpointslices", watches + 1).await;
     // The watch began at a version that this server never had: it says so, and the list has the news.
     server.expire("endpointslices");
     loop {
@@ -335,6 +348,24 @@ async fn changes_expiry_and_absence_are_survived() {
             break;
         }
     }
+}
+
+/// client-go: `VeryShortWatchError`.
+#[tokio::test]
+async fn a_server_that_ends_each_watch_at_once_is_not_asked_in_haste() {
+    let (server, kubeconfig) = Server::start("").await;
+    server.hasty.store(true, Ordering::Relaxed);
+    server.put("endpointslices", slice("10.244.0.5"));
+    let mut reports = start(kubeconfig);
+    while next(&mut reports).await != Report::Synced {}
+    server.wait_for_watch("endpointslices", 1).await;
+    let first = Instant::now();
+    server.wait_for_watch("endpointslices", 3).await;
+    assert!(first.elapsed() > Duration::from_secs(2), "{:?}", first.elapsed());
+    server.hasty.store(false, Ordering::Relaxed);
+    server.wait_for_watch("endpointslices", server.watched("endpointslices") + 1).await;
+    server.put("endpointslices", slice("10.244.0.6"));
+    assert_eq!(addr_of(&changed(&mut reports).await).as_deref(), Some("10.244.0.6"));
 }
 
 #[tokio::test]
