@@ -92,6 +92,16 @@ pub fn node_manifests() -> String {
     node(1) + &node(2)
 }
 
+/// A pod as a manifest, for Services that select `app: web` or `pod: pod<node><number>`; its port 8080 is named `http` and,
+/// for UDP, `dns`.
+pub fn pod_manifest(node: u8, number: u8) -> String {
+    format!(
+        "kind: Pod\nmetadata: {{name: pod{node}{number}, labels: {{app: web, pod: pod{node}{number}}}}}\nspec: {{nodeName: node{node}, containers: [{{name: c, ports: [{{containerPort: 8080, name: http}}, {{containerPort: 8080, name: dns, protocol: UDP}}]}}]}}\nstatus: {{podIPs: [{{ip: {}}}, {{ip: '{}'}}]}}\n---\n",
+        pod_ip(node, number),
+        pod_ip6(node, number)
+    )
+}
+
 impl Cluster {
     /// A client and two nodes, each with `pods` pods named `pod<node><number>` from 1 up.
     pub fn new(cni: Cni, pods: u8) -> Result<Self> {

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use lb_test::{
-    cluster::{Cluster, Cni, bpftool, node_ip, pod_ip, pod_ip6, program},
+    cluster::{Cluster, Cni, bpftool, node_ip, pod_manifest, program},
     netns,
 };
 
@@ -17,18 +17,11 @@ fn services() -> String {
             "kind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIPs: [10.96.0.{ip}, 'fd00:10:96::{ip}'], selector: {{app: {name}}}, ports: [{{port: 80, targetPort: 8080, nodePort: 300{ip}}}]{more}}}\n---\n"
         )
     };
-    let pod = |node: u8| {
-        format!(
-            "kind: Pod\nmetadata: {{name: pod{node}1, labels: {{app: web}}}}\nspec: {{nodeName: node{node}, containers: [{{name: c}}]}}\nstatus: {{podIPs: [{{ip: {}}}, {{ip: '{}'}}]}}\n---\n",
-            pod_ip(node, 1),
-            pod_ip6(node, 1)
-        )
-    };
     let balancer = ", type: LoadBalancer, externalTrafficPolicy: Local, loadBalancerSourceRanges: [192.0.2.0/24, 198.51.100.0/24]}\nstatus: {loadBalancer: {ingress: [{ip: 203.0.113.5}]}";
     let sticky = format!(", sessionAffinity: ClientIP, externalIPs: [{}]", node_ip(1));
     [
-        pod(1),
-        pod(2),
+        pod_manifest(1, 1),
+        pod_manifest(2, 1),
         service("web", 10, &sticky),
         service("web", 11, balancer).replace("{name: web}", "{name: balanced}"),
         service("empty", 12, ", type: NodePort"),

@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use lb_test::{
-    cluster::{Cluster, Cni, node_ip, pod_ip, pod_ip6},
+    cluster::{Cluster, Cni, node_ip, pod_manifest},
     netns,
 };
 
@@ -20,19 +20,17 @@ fn service(name: &str, ip: u8, more: &str) -> String {
 /// One service on a pod of each node, served by agents with these options.
 fn cluster(options: &[&str]) -> Cluster {
     let mut cluster = Cluster::new(Cni::Routed, 2).expect("a cluster of namespaces");
-    let pod = |node: u8| {
-        format!(
-            "kind: Pod\nmetadata: {{name: pod{node}1, labels: {{app: web}}}}\nspec: {{nodeName: node{node}, containers: [{{name: c}}]}}\nstatus: {{podIPs: [{{ip: {}}}, {{ip: '{}'}}]}}\n---\n",
-            pod_ip(node, 1),
-            pod_ip6(node, 1)
-        )
-    };
     for host in ["pod11", "pod21"] {
         cluster.serve(host, 8080).expect("a server");
     }
     cluster.apply_nodes().unwrap();
     let external = format!(", externalIPs: [{}]", node_ip(1));
-    cluster.apply("services.yaml", &[pod(1), pod(2), service("web", 10, &external)].concat()).unwrap();
+    cluster
+        .apply(
+            "services.yaml",
+            &[pod_manifest(1, 1), pod_manifest(2, 1), service("web", 10, &external)].concat(),
+        )
+        .unwrap();
     start(&mut cluster, options);
     cluster
 }

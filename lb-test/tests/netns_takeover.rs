@@ -7,7 +7,7 @@ use std::{
 };
 
 use lb_test::{
-    cluster::{Cluster, Cni, finish, node_ip, node_ip6, pod_ip, pod_ip6},
+    cluster::{Cluster, Cni, finish, node_ip, node_ip6, pod_manifest},
     load::Load,
     netns, until,
 };
@@ -25,13 +25,6 @@ fn cluster(options: &[&str]) -> Cluster {
 
 fn unstarted() -> Cluster {
     let mut cluster = Cluster::new(Cni::Routed, 2).expect("a cluster of namespaces");
-    let pod = |node: u8| {
-        format!(
-            "kind: Pod\nmetadata: {{name: pod{node}1, labels: {{app: web}}}}\nspec: {{nodeName: node{node}, containers: [{{name: c}}]}}\nstatus: {{podIPs: [{{ip: {}}}, {{ip: '{}'}}]}}\n---\n",
-            pod_ip(node, 1),
-            pod_ip6(node, 1)
-        )
-    };
     for host in ["pod11", "pod21"] {
         cluster.serve(host, 8080).expect("a server");
     }
@@ -42,7 +35,7 @@ fn unstarted() -> Cluster {
         node_ip(1),
         node_ip6(1)
     );
-    cluster.apply("services.yaml", &[pod(1), pod(2), service].concat()).unwrap();
+    cluster.apply("services.yaml", &[pod_manifest(1, 1), pod_manifest(2, 1), service].concat()).unwrap();
     cluster
 }
 

@@ -1,6 +1,6 @@
 //! The cluster that the table is about.
 
-use crate::cluster::{CLIENT, Cluster, Cni, node_ip, pod_ip, pod_ip6};
+use crate::cluster::{CLIENT, Cluster, Cni, node_ip, pod_ip, pod_ip6, pod_manifest};
 
 /// Where pods' addresses lie, as `--cluster-cidr` takes it.
 pub const CLUSTER_CIDR: &str = "10.244.0.0/16,fd00:10:244::/48";
@@ -8,19 +8,12 @@ pub const CLUSTER_CIDR: &str = "10.244.0.0/16,fd00:10:244::/48";
 /// Pods 11 and 21, one on each node, and Services: `web` on both, `near` on pod 11, `far` on pod 21, and one for each
 /// policy. A Service's number ends its addresses and its NodePorts.
 pub fn manifests() -> String {
-    let pod = |node: u8, number: u8| {
-        format!(
-            "kind: Pod\nmetadata: {{name: pod{node}{number}, labels: {{app: web, pod: pod{node}{number}}}}}\nspec: {{nodeName: node{node}, containers: [{{name: c, ports: [{{containerPort: 8080, name: http}}, {{containerPort: 8080, name: dns, protocol: UDP}}]}}]}}\nstatus: {{podIPs: [{{ip: {}}}, {{ip: '{}'}}]}}\n---\n",
-            pod_ip(node, number),
-            pod_ip6(node, number)
-        )
-    };
     let selected = |number: u8, name: &str, selector: &str, more: &str| {
         service(number, name, &format!("selector: {{{selector}}}, {more}"))
     };
     [
-        pod(1, 1),
-        pod(2, 1),
+        pod_manifest(1, 1),
+        pod_manifest(2, 1),
         selected(
             10,
             "web",

@@ -58,6 +58,17 @@ fn compiler() -> Compiler {
     compiler
 }
 
+/// A cluster, and a kernel that has all of it.
+fn programmed() -> (Compiler, Kernel) {
+    let mut compiler = compiler();
+    let changes = compiler.compile();
+    let mut kernel = Kernel::default();
+    let (ops, _) =
+        Planner::adopt(CAPACITY, Actual::default(), compiler.table()).plan(compiler.table(), &changes);
+    ops.iter().for_each(|op| kernel.write(op));
+    (compiler, kernel)
+}
+
 fn expected(table: &ServiceTable) -> BTreeMap<FrontendAddr, Vec<IpAddr>> {
     let behind =
         |frontend: &Frontend| table.services[&frontend.service].cluster.iter().map(|b| b.addr).collect();
@@ -90,12 +101,7 @@ fn every_prefix_of_every_plan_is_safe_and_its_end_is_the_table() {
 
 #[test]
 fn adopting_an_unchanged_cluster_writes_nothing() {
-    let mut compiler = compiler();
-    let changes = compiler.compile();
-    let mut kernel = Kernel::default();
-    let (ops, _) =
-        Planner::adopt(CAPACITY, Actual::default(), compiler.table()).plan(compiler.table(), &changes);
-    ops.iter().for_each(|op| kernel.write(op));
+    let (compiler, kernel) = programmed();
 
     let mut again = Planner::adopt(CAPACITY, kernel.actual.clone(), compiler.table());
     let (ops, _) = again.plan(compiler.table(), &Changes::all(compiler.table()));
@@ -104,12 +110,7 @@ fn adopting_an_unchanged_cluster_writes_nothing() {
 
 #[test]
 fn what_vanished_while_no_agent_ran_is_removed() {
-    let mut compiler = compiler();
-    let changes = compiler.compile();
-    let mut kernel = Kernel::default();
-    let (ops, _) =
-        Planner::adopt(CAPACITY, Actual::default(), compiler.table()).plan(compiler.table(), &changes);
-    ops.iter().for_each(|op| kernel.write(op));
+    let (mut compiler, mut kernel) = programmed();
     compiler.apply(Event::ServiceGone(synthetic::service(2).name));
     compiler.compile();
 
