@@ -5,7 +5,7 @@
 //! before the bookmark which ends such a beginning; kube-apiserver sends that bookmark up to a second late, and what was
 //! deleted meanwhile would be served for ever.
 
-use std::{fmt::Debug, mem, pin::Pin, time::Duration, vec};
+use std::{fmt::Debug, mem, ops::RangeInclusive, pin::Pin, time::Duration, vec};
 
 use futures::{Stream, StreamExt};
 use kube::{
@@ -43,11 +43,11 @@ pub struct Wanted {
 /// Objects a page, as client-go's pager asks for.
 const PAGE: u32 = 500;
 
-/// A watch ends after so long, and goes on as another.
-const WATCH: Duration = Duration::from_secs(290);
+/// A watch ends after so many seconds, and goes on as another: not at all nodes at once, though all agents began together.
+const WATCH_SECS: RangeInclusive<u32> = 145..=290;
 
-/// A server that does not keep to that is given up so much later.
-const GRACE: Duration = Duration::from_secs(5);
+/// A server that does not keep to that is given up.
+const LONGEST: Duration = Duration::from_secs(*WATCH_SECS.end() as u64 + 5);
 
 /// A watch that ends sooner than that, and without a word, is a failure (client-go: `VeryShortWatchError`).
 const VERY_SHORT: Duration = Duration::from_secs(1);
@@ -203,7 +203,7 @@ impl<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + '
         began: Instant,
         silent: bool,
     ) -> Result<Option<Said<K>>> {
-        let event = match timeout((WATCH + GRACE).saturating_sub(began.elapsed()), events.next()).await {
+        let event = match timeout(LONGEST.saturating_sub(began.elapsed()), events.next()).await {
             Ok(Some(event)) => event,
             Ok(None) if silent && began.elapsed() < VERY_SHORT => {
                 return Err(self.go_on(version, failure("the watch ended at once")));
@@ -247,7 +247,7 @@ impl<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + '
         WatchParams {
             label_selector: self.wanted.labels.map(Into::into),
             field_selector: self.wanted.fields.map(Into::into),
-            ..WatchParams::default().timeout(WATCH.as_secs() as u32)
+            ..WatchParams::default().timeout(fastrand::u32(WATCH_SECS))
         }
     }
 
