@@ -346,13 +346,39 @@ fn an_api_server_with_an_older_state_is_believed() {
     let world = World::with(&(whole(10) + &whole(11)));
     world.server.fault(Fault::Away);
     world.until_logged("API server is away");
-    world.server.forget();
+    world.server.forget(50_000);
     world.server.put(&(node_manifests() + &whole(11) + &whole(12))).unwrap();
     world.server.heal();
     world.until("the older state", |served| {
         !served.contains_key(&frontend(10)) && served.contains_key(&frontend(12))
     });
     world.wait("its endpoints", || world.asked(12).as_deref() == Some("pod11"));
+}
+
+/// Bookmarks say how far a watch has come in which nothing happens. A server that starts fails before it answers.
+#[test]
+fn an_older_state_is_believed_though_it_is_newer_than_every_service() {
+    let world = World::with(&(whole(10) + &whole(11)));
+    for _ in 0..200 {
+        world.server.put(&node_manifests()).unwrap();
+    }
+    world.server.put(&whole(12)).unwrap();
+    world.until("the last change", |served| served.contains_key(&frontend(12)));
+    world.server.delete(Kind::Service, "default", "s12");
+    for _ in 0..200 {
+        world.server.put(&node_manifests()).unwrap();
+    }
+    // Longer than the server lets watches wait for a bookmark.
+    std::thread::sleep(Duration::from_secs(5));
+    world.server.fault(Fault::Code(503));
+    world.server.strike(Blow::Close);
+    world.until_logged("API server fails");
+    world.server.forget(100);
+    world.server.put(&(node_manifests() + &whole(11) + &whole(13))).unwrap();
+    world.server.heal();
+    world.until("the older state", |served| {
+        !served.contains_key(&frontend(10)) && served.contains_key(&frontend(13))
+    });
 }
 
 #[test]

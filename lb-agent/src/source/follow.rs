@@ -89,6 +89,14 @@ impl<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + '
         Self { api, wanted, state: State::Nothing, streams: true, streaming: false }
     }
 
+    /// Up to which version everything is known, bookmarks included: the next watch goes on from there.
+    pub fn version(&self) -> Option<u64> {
+        match &self.state {
+            State::Known { version } | State::Watching { version, .. } => version.parse().ok(),
+            _ => None,
+        }
+    }
+
     /// Forgets what was known.
     pub fn restart(&mut self) {
         self.state = State::Nothing;
@@ -171,10 +179,12 @@ impl<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + '
         Ok(None)
     }
 
-    /// Changes may already be among what tells everything, deletions too.
+    /// Changes may already be among what tells everything, deletions too. If it fails halfway lists are tried, as client-go
+    /// does: what passes watches on may not pass on this one.
     async fn streamed(&mut self, mut events: Events<K>) -> Result<Option<Said<K>>> {
-        let event = events.next().await.ok_or_else(|| failure("the watch ended before everything came"))?;
-        let said = match event? {
+        let event = events.next().await.ok_or_else(|| failure("the watch ended before everything came"));
+        let event = event.flatten().inspect_err(|error| self.list_instead(&error.to_string()))?;
+        let said = match event {
             WatchEvent::Added(object) | WatchEvent::Modified(object) => Some(Said::Object(object)),
             WatchEvent::Deleted(object) => Some(Said::Deleted(object)),
             WatchEvent::Bookmark(mark) if mark.metadata.annotations.contains_key(INITIAL_END) => {
@@ -182,7 +192,10 @@ impl<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + '
                 return Ok(Some(Said::Complete));
             }
             WatchEvent::Bookmark(_) => None,
-            WatchEvent::Error(status) => return Err(Error::Api(status)),
+            WatchEvent::Error(status) => {
+                self.list_instead(&status.message);
+                return Err(Error::Api(status));
+            }
         };
         self.state = State::Streaming { events };
         Ok(said)
@@ -224,11 +237,8 @@ impl<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + '
             }
             Ok(WatchEvent::Bookmark(mark)) => (None, mark.metadata.resource_version),
             Ok(WatchEvent::Error(status)) => return Err(self.go_on(version, Error::Api(status))),
-            Err(error @ Error::SerdeError(_)) => {
-                // One line makes no sense; the next may.
-                self.state = State::Watching { version, events, began, silent: false };
-                return Err(error);
-            }
+            // What it said is not known, and the next line's version is beyond it: all is told anew.
+            Err(error @ Error::SerdeError(_)) => return Err(error),
             Err(error) => return Err(self.go_on(version, error)),
         };
         self.state = State::Watching { version, events, began, silent: false };

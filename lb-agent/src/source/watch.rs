@@ -70,8 +70,6 @@ struct Watch<K> {
     listing: bool,
     /// Objects of it.
     listed: BTreeSet<ObjectName>,
-    /// The highest resource version of an object.
-    newest: u64,
     trouble: Option<Trouble>,
     backoff: DefaultBackoff,
 }
@@ -88,7 +86,6 @@ impl<K: Watched> Watch<K> {
             warned: BTreeSet::new(),
             listing: true,
             listed: BTreeSet::new(),
-            newest: 0,
             trouble: None,
             backoff: DefaultBackoff::default(),
         }
@@ -113,7 +110,7 @@ impl<K: Watched> Watch<K> {
         }
         match said {
             Said::Begin => {
-                (self.newest, self.listing) = (0, true);
+                self.listing = true;
                 self.listed.clear();
             }
             Said::Object(object) => {
@@ -125,7 +122,6 @@ impl<K: Watched> Watch<K> {
             }
             Said::Deleted(object) => {
                 let name = name_of(&object);
-                self.saw(&object);
                 self.listed.remove(&name);
                 self.gone(name).await?;
             }
@@ -140,7 +136,6 @@ impl<K: Watched> Watch<K> {
 
     /// Takes an object in; one that can't be read keeps what was known of it.
     async fn object(&mut self, object: Readable<K>, name: ObjectName) -> Result<()> {
-        self.saw(&object);
         let mut warnings = Vec::new();
         match object.0 {
             Ok(object) => {
@@ -216,11 +211,6 @@ impl<K: Watched> Watch<K> {
         Ok(())
     }
 
-    fn saw(&mut self, object: &Readable<K>) {
-        let version = object.meta().resource_version.as_deref().and_then(|version| version.parse().ok());
-        self.newest = self.newest.max(version.unwrap_or(0));
-    }
-
     /// Says what is wrong and waits before the next try. `false`: there is nothing to watch.
     async fn failed(&mut self, error: Error) -> Result<bool> {
         let trouble = Trouble::of(&error);
@@ -231,23 +221,24 @@ impl<K: Watched> Watch<K> {
         if K::OPTIONAL && trouble == Trouble::Missing {
             return Ok(false);
         }
+        let known = self.follow.version();
         self.pause().await;
-        if trouble == Trouble::Away && self.newest > 0 {
-            self.wait_until_back().await;
+        if let Some(known) = known {
+            self.wait_until_back(known).await;
         }
         Ok(true)
     }
 
-    /// Waits until the API server answers. One with an older state than we have seen, as of a backup, would let a watch
-    /// wait until its versions have caught up: all is listed again.
-    async fn wait_until_back(&mut self) {
+    /// Waits until the API server answers. One with an older state than we know, as of a backup, would let a watch wait
+    /// until its versions have caught up: all is listed again.
+    async fn wait_until_back(&mut self, known: u64) {
         loop {
             let one = ListParams::default().limit(1);
             let answer = timeout(ANSWER_LIMIT, self.api.list(&one)).await;
             match answer.unwrap_or_else(|_| Err(cut_off())) {
                 Ok(list) => {
                     let version = list.metadata.resource_version.and_then(|version| version.parse().ok());
-                    if version.is_some_and(|version: u64| version < self.newest) {
+                    if version.is_some_and(|version: u64| version < known) {
                         info!(
                             kind = K::KIND,
                             "the API server has an older state; everything is listed again"
@@ -257,12 +248,8 @@ impl<K: Watched> Watch<K> {
                     return self.is_back();
                 }
                 Err(error) => {
-                    let trouble = Trouble::of(&error);
-                    self.is_in(trouble, &error);
+                    self.is_in(Trouble::of(&error), &error);
                     self.pause().await;
-                    if trouble != Trouble::Away {
-                        return;
-                    }
                 }
             }
         }

@@ -196,9 +196,9 @@ impl ApiServer {
         self.change(Store::compact);
     }
 
-    /// Forgets all objects and counts versions from a lower number, like a cluster restored from an old backup.
-    pub fn forget(&self) {
-        self.change(Store::forget);
+    /// Forgets all objects and counts from so many versions before, like a cluster restored from an old backup.
+    pub fn forget(&self, versions: u64) {
+        self.change(|store| store.forget(versions));
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut Store) -> T) -> T {

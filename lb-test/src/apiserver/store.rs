@@ -239,14 +239,10 @@ impl Store {
         self.oldest = self.version;
     }
 
-    /// Becomes empty, and starts again at a lower version, like a cluster restored from an old backup.
-    pub fn forget(&mut self) {
-        *self = Self {
-            version: FIRST_VERSION / 2,
-            oldest: FIRST_VERSION / 2,
-            uids: self.uids,
-            ..Self::default()
-        };
+    /// Becomes empty, and starts again so many versions lower, like a cluster restored from an old backup.
+    pub fn forget(&mut self, versions: u64) {
+        let version = self.version - versions;
+        *self = Self { version, oldest: version, uids: self.uids, ..Self::default() };
     }
 
     /// A page of a list, as of the version at which the list began.
