@@ -18,6 +18,7 @@ pub mod reconcile;
 pub mod render;
 pub mod reset;
 pub mod retire;
+pub mod room;
 pub mod run;
 pub mod scratch;
 pub mod serve;

@@ -47,6 +47,7 @@ use crate::{
     reconcile::Reconciler,
     reset::Resetter,
     retire::Retire,
+    room::{Place, Room},
     serve::{self, Health},
     source::{
         About, Notice, Noticed, Notices, Report, Source, calls::Calls, kubernetes::Kubernetes,
@@ -57,15 +58,15 @@ use crate::{
 /// What the programming thread is told.
 #[derive(Debug)]
 pub enum Input {
-    /// From the source.
-    Source(Report),
+    /// From the source; taken, it gives its place back.
+    Source(Report, Place),
     /// This node's own addresses.
     Addresses(Vec<IpAddr>),
     /// End.
     Shutdown,
 }
 
-/// Reports that may wait for the programming thread.
+/// Reports that may wait to be passed on.
 const QUEUE: usize = 256;
 
 /// Serves the node until SIGTERM or SIGINT; a new configuration makes it begin anew. The datapath goes on serving all the
@@ -148,14 +149,20 @@ async fn serve(
     let mut configuration = Watched::new(options, file, &config.bpf_root);
     let mut stop = Stop::new()?;
     let mut addresses = network.addresses;
+    let (room, mut next) = (Room::default(), None);
     let result = loop {
         tokio::select! {
-            Some(report) = reported.recv() => {
+            Some(report) = reported.recv(), if next.is_none() => {
                 // Told here too: the programming thread may be busy for long.
                 if matches!(report, Report::Changed(_)) {
                     health.queued_anew();
                 }
-                send(Input::Source(report))?;
+                next = Some(report);
+            }
+            Some(place) = room.place(next.as_ref()) => {
+                if let Some(report) = next.take() {
+                    send(Input::Source(report, place))?;
+                }
             }
             () = netlink.changed() => match netlink.read().await {
                 Ok(network) => {
@@ -542,12 +549,12 @@ impl Worker {
 
     fn take(&mut self, input: Input) {
         match input {
-            Input::Source(Report::Changed(events)) => {
+            Input::Source(Report::Changed(events), _) => {
                 self.health.queued(&events);
                 events.into_iter().for_each(|event: Event| self.compiler.apply(event));
             }
-            Input::Source(Report::Synced) => self.synced = true,
-            Input::Source(Report::Warnings(origin, warnings)) => {
+            Input::Source(Report::Synced, _) => self.synced = true,
+            Input::Source(Report::Warnings(origin, warnings), _) => {
                 if warnings.is_empty() {
                     self.warnings.remove(&origin);
                 } else {

@@ -464,6 +464,15 @@ fn a_watch_cut_in_mid_line_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_line_that_makes_no_sense_means_a_new_list() {
+    let world = World::with(&whole(10));
+    world.server.strike(Blow::Garble);
+    world.wait("a new list", || world.lists(Kind::Service) == 2);
+    world.server.put(&whole(11)).unwrap();
+    world.until("after it", |served| served.contains_key(&frontend(11)));
+}
+
+#[test]
 fn a_slow_api_server_is_waited_for() {
     let mut world = World::new();
     world.server.put(&whole(10)).unwrap();
@@ -480,19 +489,28 @@ fn half_a_list_is_not_waited_for() {
     let mut world = World::new();
     world.server.put(&whole(10)).unwrap();
     world.server.fault(Fault::Half);
+    // What is half answered would be waited for.
+    let heal = |world: &World| {
+        world.server.fault(Fault::Away);
+        world.server.heal();
+    };
     world.cluster.launch_agent(1).unwrap();
     world.until_logged("the rest of the list doesn't come");
     world.until_logged("kind=Service reason=\"it never said that this was all\"");
-    // Whether the server is there is asked by a list, too.
-    world.wait("half an answer is given up", || world.server.count(Kind::Service, Verb::Peek) > 1);
+    world.wait("a list instead", || world.server.count(Kind::Service, Verb::List) == 1);
     assert!(world.served().is_empty(), "half a list is not served");
-    // What is half answered would be waited for.
-    world.server.fault(Fault::Away);
-    world.server.heal();
+    heal(&world);
     world.cluster.wait_until_healthy(1).unwrap();
     assert!(world.serves(10));
-    let asked = [Verb::WatchList, Verb::List].map(|verb| world.server.count(Kind::Service, verb));
-    assert_eq!(asked, [1, 1], "page by page");
+    assert_eq!(world.server.count(Kind::Service, Verb::WatchList), 1);
+
+    // How far the server is, after it ended a watch, is asked by a list, too.
+    world.server.fault(Fault::Half);
+    world.server.strike(Blow::Close);
+    world.wait("half an answer is given up", || world.server.count(Kind::Service, Verb::Peek) > 1);
+    world.server.put(&whole(11)).unwrap();
+    heal(&world);
+    world.until("what changed meanwhile", |served| served.contains_key(&frontend(11)));
 }
 
 #[test]

@@ -64,6 +64,9 @@ struct Pending {
     triggers: Vec<(Family, SystemTime)>,
 }
 
+/// Triggers that are remembered while nothing can be programmed; later ones don't count.
+const MOST_TRIGGERS: usize = 10_000;
+
 /// kube-proxy's default `syncPeriod`.
 pub const SYNC_PERIOD: Duration = Duration::from_secs(30);
 
@@ -129,7 +132,9 @@ impl Health {
                 self.metrics.endpoint_changes.inc();
                 state.pending.endpoints.insert(slice.service.clone());
                 // What changed before this process began was another's to program.
-                if let Some(time) = slice.triggered.filter(|time| *time > self.metrics.started) {
+                let counts = |time: &SystemTime| *time > self.metrics.started;
+                let room = state.pending.triggers.len() < MOST_TRIGGERS;
+                if let Some(time) = slice.triggered.filter(counts).filter(|_| room) {
                     state.pending.triggers.push((slice.family, time));
                 }
             }

@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::{Instant, timeout};
 use tracing::info;
 
-use super::readable::Readable;
+use super::{kubernetes::ANSWER_LIMIT, readable::Readable};
 
 /// What the API server says of a kind.
 #[derive(Debug)]
@@ -29,6 +29,8 @@ pub enum Said<K> {
     Deleted(Readable<K>),
     /// That was everything; what comes now are changes.
     Complete,
+    /// The API server answers, and has what is known.
+    Back,
 }
 
 /// Which objects of a kind are wanted.
@@ -45,6 +47,9 @@ const PAGE: u32 = 500;
 
 /// A watch ends after so many seconds, and goes on as another: not at all nodes at once, though all agents began together.
 const WATCH_SECS: RangeInclusive<u32> = 145..=290;
+
+/// One that ends sooner was ended by something that happened to the server, or on the way to it.
+const SHORTEST: Duration = Duration::from_secs(*WATCH_SECS.start() as u64);
 
 /// A server that does not keep to that is given up.
 const LONGEST: Duration = Duration::from_secs(*WATCH_SECS.end() as u64 + 5);
@@ -66,7 +71,9 @@ enum State<K> {
     Unstreamed,
     /// It tells everything.
     Streaming { events: Events<K> },
-    /// Everything up to this version is known.
+    /// Everything up to this version is known, but does the server know it, too?
+    Doubted { version: String },
+    /// It does.
     Known { version: String },
     /// And changes come.
     Watching { version: String, events: Events<K>, began: Instant, silent: bool },
@@ -89,26 +96,13 @@ impl<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + '
         Self { api, wanted, state: State::Nothing, streams: true, streaming: false }
     }
 
-    /// Up to which version everything is known, bookmarks included: the next watch goes on from there.
-    pub fn version(&self) -> Option<u64> {
-        match &self.state {
-            State::Known { version } | State::Watching { version, .. } => version.parse().ok(),
-            _ => None,
-        }
-    }
-
-    /// Forgets what was known.
-    pub fn restart(&mut self) {
-        self.state = State::Nothing;
-    }
-
     /// Everything that exists did not come in time. A server that doesn't know `WatchList` and says nothing of it would
     /// never end it.
     pub fn late(&mut self) {
         if self.streaming {
             self.list_instead("it never said that this was all");
         }
-        self.restart();
+        self.state = State::Nothing;
     }
 
     /// What comes next. After an error it goes on where that makes sense: from the version that is known, or from nothing.
@@ -144,6 +138,7 @@ impl<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + '
             }
             State::Unstreamed => self.stream().await,
             State::Streaming { events } => self.streamed(events).await,
+            State::Doubted { version } => self.compare(version).await,
             State::Known { version } => self.watch(version).await,
             State::Watching { version, events, began, silent } => {
                 self.watched(version, events, began, silent).await
@@ -201,6 +196,22 @@ impl<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + '
         Ok(said)
     }
 
+    /// Asks the server how far it is. One with an older state than is known, as of a backup, would let a watch wait until
+    /// its versions have caught up: all is told anew.
+    async fn compare(&mut self, version: String) -> Result<Option<Said<K>>> {
+        let one = ListParams::default().limit(1);
+        let answer = timeout(ANSWER_LIMIT, self.api.list(&one)).await.unwrap_or_else(|_| Err(cut_off()));
+        let answer = answer.map_err(|error| self.go_on(version.clone(), error))?;
+        let number = |version: &str| version.parse().unwrap_or(0u64);
+        if number(answer.metadata.resource_version.as_deref().unwrap_or_default()) < number(&version) {
+            info!(kind = %K::kind(&()), "the API server has an older state; everything is listed again");
+            self.state = State::Nothing;
+        } else {
+            self.state = State::Known { version };
+        }
+        Ok(Some(Said::Back))
+    }
+
     async fn watch(&mut self, version: String) -> Result<Option<Said<K>>> {
         match self.api.watch(&self.params(), &version).await {
             Ok(events) => self.state = watching(version, events.boxed()),
@@ -220,6 +231,10 @@ impl<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + '
             Ok(Some(event)) => event,
             Ok(None) if silent && began.elapsed() < VERY_SHORT => {
                 return Err(self.go_on(version, failure("the watch ended at once")));
+            }
+            Ok(None) if began.elapsed() < SHORTEST => {
+                self.state = State::Doubted { version };
+                return Ok(None);
             }
             Ok(None) | Err(_) => {
                 self.state = State::Known { version };
@@ -248,7 +263,7 @@ impl<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + '
     /// What is known holds, but if the server has forgotten that version.
     fn go_on(&mut self, version: String, error: Error) -> Error {
         if !matches!(&error, Error::Api(status) if status.code == 410) {
-            self.state = State::Known { version };
+            self.state = State::Doubted { version };
         }
         error
     }
@@ -277,6 +292,11 @@ const INITIAL_END: &str = "k8s.io/initial-events-end";
 fn version_of<K: Resource>(object: &Readable<K>) -> Result<String> {
     let version = object.meta().resource_version.clone().filter(|version| !version.is_empty());
     version.ok_or_else(|| failure("an object without resourceVersion"))
+}
+
+/// An answer has begun and does not end.
+pub fn cut_off() -> Error {
+    failure("the rest of the list doesn't come")
 }
 
 fn failure(what: &'static str) -> Error {

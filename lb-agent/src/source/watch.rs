@@ -9,7 +9,6 @@ use anyhow::Result;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
     Api, Client, Error, Resource,
-    api::ListParams,
     core::error_boundary::InvalidObject,
     runtime::{utils::Backoff, watcher::DefaultBackoff},
 };
@@ -22,7 +21,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     Report, Reports,
-    follow::{Follow, Said},
+    follow::{Follow, Said, cut_off},
     kubernetes::{ANSWER_LIMIT, Note, Watched},
     readable::Readable,
     trouble::{Trouble, reason},
@@ -57,7 +56,6 @@ pub async fn watch<K: Watched>(to: Told) -> Result<()> {
 }
 
 struct Watch<K> {
-    api: Api<Readable<K>>,
     follow: Follow<K>,
     to: Told,
     /// Whom to tell of the first complete list.
@@ -76,10 +74,8 @@ struct Watch<K> {
 
 impl<K: Watched> Watch<K> {
     fn new(to: Told) -> Self {
-        let api: Api<Readable<K>> = Api::all(to.client.clone());
         Self {
-            follow: Follow::new(api.clone(), K::WANTED),
-            api,
+            follow: Follow::new(Api::all(to.client.clone()), K::WANTED),
             first: Some(to.synced.clone()),
             to,
             known: BTreeSet::new(),
@@ -104,11 +100,17 @@ impl<K: Watched> Watch<K> {
     }
 
     async fn take(&mut self, said: Said<K>) -> Result<()> {
-        if !matches!(said, Said::Begin) {
+        if !matches!(said, Said::Begin | Said::Back) {
             self.backoff.reset();
             self.is_back();
         }
         match said {
+            // Who may list but not watch is not helped by an answer.
+            Said::Back => {
+                if matches!(self.trouble, Some(Trouble::Away | Trouble::Failing)) {
+                    self.is_back();
+                }
+            }
             Said::Begin => {
                 self.listing = true;
                 self.listed.clear();
@@ -221,42 +223,8 @@ impl<K: Watched> Watch<K> {
         if K::OPTIONAL && trouble == Trouble::Missing {
             return Ok(false);
         }
-        let known = self.follow.version();
-        self.pause().await;
-        if let Some(known) = known {
-            self.wait_until_back(known).await;
-        }
-        Ok(true)
-    }
-
-    /// Waits until the API server answers. One with an older state than we know, as of a backup, would let a watch wait
-    /// until its versions have caught up: all is listed again.
-    async fn wait_until_back(&mut self, known: u64) {
-        loop {
-            let one = ListParams::default().limit(1);
-            let answer = timeout(ANSWER_LIMIT, self.api.list(&one)).await;
-            match answer.unwrap_or_else(|_| Err(cut_off())) {
-                Ok(list) => {
-                    let version = list.metadata.resource_version.and_then(|version| version.parse().ok());
-                    if version.is_some_and(|version: u64| version < known) {
-                        info!(
-                            kind = K::KIND,
-                            "the API server has an older state; everything is listed again"
-                        );
-                        self.follow.restart();
-                    }
-                    return self.is_back();
-                }
-                Err(error) => {
-                    self.is_in(Trouble::of(&error), &error);
-                    self.pause().await;
-                }
-            }
-        }
-    }
-
-    async fn pause(&mut self) {
         sleep(self.backoff.next().unwrap_or_default()).await;
+        Ok(true)
     }
 
     /// Logs trouble that is new.
@@ -279,10 +247,6 @@ impl<K: Watched> Watch<K> {
             warn!(kind = K::KIND, "the API server is back");
         }
     }
-}
-
-fn cut_off() -> Error {
-    Error::Service("the rest of the list doesn't come".into())
 }
 
 fn origin<K: Watched>(name: &ObjectName) -> String {

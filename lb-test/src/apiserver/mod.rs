@@ -53,6 +53,8 @@ pub enum Fault {
 pub enum Blow {
     /// They end in the middle of a line.
     CutMidLine,
+    /// They get a line that is no JSON, and end.
+    Garble,
     /// They get an `ERROR` of code 410, and end.
     Expire,
     /// Their connections close.

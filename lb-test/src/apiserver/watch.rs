@@ -140,6 +140,10 @@ impl Watch {
         let (number, blow) = conducts.borrow_and_update().blows;
         match blow.filter(|_| number != blows) {
             None | Some(Blow::Close) => Ok(()),
+            Some(Blow::Garble) => {
+                self.send("{\"type\":\"DELETED\",\"object\":?}\n".to_owned()).await?;
+                Err(Over)
+            }
             Some(Blow::Expire) => {
                 let oldest = lock(&self.shared.store).version();
                 self.expire(oldest).await
