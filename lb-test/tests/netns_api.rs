@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    net::TcpListener,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
@@ -584,6 +585,44 @@ fn one_malformed_service(world: &World, bad: impl Fn(u8) -> String) {
 fn cleared(world: &World, name: &str) -> bool {
     let object = format!("Service default/{name}");
     world.log().lines().any(|line| line.contains("warning cleared") && line.contains(&object))
+}
+
+/// By kube-proxy's names where it has any.
+#[test]
+fn what_operators_must_know_is_an_event() {
+    let mut world = World::new();
+    world.cluster.agent_options = ["--map-entries-max", "256"].map(str::to_owned).into();
+    let taken = world.cluster.lab.inside("node1", || Ok(TcpListener::bind(("0.0.0.0", 32_100))?)).unwrap();
+    let checked = json!({
+        "kind": "Service",
+        "metadata": {"name": "checked"},
+        "spec": {
+            "type": "LoadBalancer", "clusterIP": "10.96.0.9", "externalTrafficPolicy": "Local",
+            "healthCheckNodePort": 32_100, "ports": [{"name": "http", "port": 80, "nodePort": 30_100}],
+        },
+    });
+    world.server.put_value(checked).unwrap();
+    world.start();
+    world.server.put_value(many_ports(20, 250)).unwrap();
+    world.server.put_value(many_ports(21, 250)).unwrap();
+    let of = |reason: &str| {
+        let events = world.server.events();
+        let found = events.iter().find(|event| event["reason"] == reason)?;
+        let text = |field: &Value| field.as_str().unwrap_or_default().to_owned();
+        let about = &found["regarding"];
+        Some((text(&found["type"]), text(&about["kind"]), text(&about["name"]), text(&found["note"])))
+    };
+    for (reason, kind, about, name, note) in [
+        ("Starting", "Normal", "Node", "node1", ""),
+        ("FailedToStartServiceHealthcheck", "Warning", "Service", "checked", "32100"),
+        ("NotServed", "Warning", "Service", "s21", "node1"),
+    ] {
+        world.wait(reason, || of(reason).is_some());
+        let (found_kind, found_about, found_name, found_note) = of(reason).unwrap();
+        assert_eq!((&*found_kind, &*found_about, &*found_name), (kind, about, name), "{found_note}");
+        assert!(found_note.contains(note), "{reason}: {found_note}");
+    }
+    drop(taken);
 }
 
 #[test]
