@@ -587,6 +587,27 @@ fn cleared(world: &World, name: &str) -> bool {
     world.log().lines().any(|line| line.contains("warning cleared") && line.contains(&object))
 }
 
+#[test]
+fn changes_within_the_least_time_between_two_writes_are_written_together() {
+    let mut world = World::new();
+    let file = world.cluster.lab.dir().join("config.yaml");
+    let config = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nlb: {mode: ebpf, minSyncPeriod: 2s}\n";
+    fs::write(&file, config).unwrap();
+    world.cluster.agent_options = vec!["--config".into(), file.display().to_string()];
+    world.server.put(&whole(10)).unwrap();
+    world.start();
+    let writes = || world.log().matches(" applied datapath=").count();
+    let (before, begun) = (writes(), Instant::now());
+    for number in 11..31 {
+        world.server.put(&whole(number)).unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    world.until("the last change", |served| served.contains_key(&frontend(30)));
+    let (written, periods) = (writes() - before, begun.elapsed().as_secs() as usize / 2 + 2);
+    assert!((1..=periods).contains(&written), "{written} times in {:?}", begun.elapsed());
+    assert_eq!(world.served().len(), 21);
+}
+
 /// By kube-proxy's names where it has any.
 #[test]
 fn what_operators_must_know_is_an_event() {
