@@ -107,7 +107,9 @@ pub fn service(object: &core::Service, warnings: &mut Vec<Warning>) -> Option<Se
                 if parsed.is_none() {
                     noted.warn(
                         format!("spec.loadBalancerSourceRanges[{index}]"),
-                        format!("{range:?} is no CIDR; it is left out, and without any nobody is kept out"),
+                        format!(
+                            "{range:?} is no CIDR; it is left out; if none is left, everybody may connect"
+                        ),
                     );
                 }
                 parsed
@@ -413,7 +415,7 @@ mod tests {
             warnings,
             [
                 "Service default/web: spec.externalIPs[0]: \"nonsense\" is no IP address; it is left out",
-                "Service default/web: spec.loadBalancerSourceRanges[0]: \"10.0.0.0\" is no CIDR; it is left out, and without any nobody is kept out",
+                "Service default/web: spec.loadBalancerSourceRanges[0]: \"10.0.0.0\" is no CIDR; it is left out; if none is left, everybody may connect",
                 "Service default/web: spec.ports[1].port: 70000 is no port; it is not served",
             ]
         );

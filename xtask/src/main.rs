@@ -50,9 +50,10 @@ enum Command {
         #[arg(long)]
         write: bool,
     },
-    /// Measure: `packet` is ns per packet, `sync` is programming time, `api` is an agent's start at an API server.
+    /// Measure: `packet` is ns per packet, `sync` is programming time, `api` is an agent at an API server, `wire` is reading
+    /// a watch event.
     Bench {
-        /// packet, sync or api.
+        /// packet, sync, api or wire.
         what: String,
         /// Machine-readable output.
         #[arg(long)]

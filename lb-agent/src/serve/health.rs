@@ -356,6 +356,19 @@ mod tests {
     }
 
     #[test]
+    fn triggers_do_not_pile_up_while_nothing_can_be_programmed() {
+        let health = Health::default();
+        let mut slice = lb_core::synthetic::slice(1, 1, 0);
+        slice.triggered = Some(SystemTime::now() + Duration::from_secs(60));
+        let events = vec![Event::EndpointSlice(slice); MOST_TRIGGERS + 1];
+        health.queued(&events);
+        assert_eq!(health.lock().pending.triggers.len(), MOST_TRIGGERS);
+        health.settle();
+        health.queued(&events[..1]);
+        assert_eq!(health.lock().pending.triggers.len(), 1, "programmed, there is room");
+    }
+
+    #[test]
     fn a_node_that_follows_is_healthy() {
         check(
             true,

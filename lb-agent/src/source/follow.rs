@@ -277,7 +277,7 @@ impl<K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + '
     }
 
     fn list_instead(&mut self, reason: &str) {
-        info!(kind = %K::kind(&()), reason, "the API server has no WatchList; lists come page by page");
+        info!(kind = %K::kind(&()), reason, "lists come page by page from here on, not as the beginning of a watch (WatchList)");
         self.streams = false;
     }
 }
