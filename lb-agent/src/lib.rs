@@ -24,4 +24,5 @@ pub mod scratch;
 pub mod serve;
 pub mod sock_diag;
 pub mod source;
+pub mod told;
 pub mod trace;

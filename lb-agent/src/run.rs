@@ -17,7 +17,7 @@ use anyhow::{Context, Result, anyhow};
 use ipnet::IpNet;
 use lb_common::abi::{DeviceValue, NodeConfig, device_flags, node_flags};
 use lb_core::{
-    compile::{Compiler, NodeView},
+    compile::{Compiler, NodeView, WarningChanges},
     model::{Event, Warning},
     rules,
     table::Changes,
@@ -53,6 +53,7 @@ use crate::{
         About, Notice, Noticed, Notices, Report, Source, calls::Calls, kubernetes::Kubernetes,
         manifests::Manifests,
     },
+    told::Told,
 };
 
 /// What the programming thread is told.
@@ -414,9 +415,10 @@ pub struct Worker {
     anew: bool,
     synced: bool,
     addressed: bool,
+    /// Of sources, by their origin.
     warnings: BTreeMap<String, Vec<Warning>>,
-    told: BTreeSet<Warning>,
-    refused: Vec<String>,
+    told: Told,
+    refused: BTreeSet<String>,
 }
 
 /// The first list is as large as the cluster, and the C library keeps what was freed after it.
@@ -477,8 +479,8 @@ impl Worker {
             synced: false,
             addressed: false,
             warnings: BTreeMap::new(),
-            told: BTreeSet::new(),
-            refused: Vec::new(),
+            told: Told::default(),
+            refused: BTreeSet::new(),
         }
     }
 
@@ -555,12 +557,11 @@ impl Worker {
             }
             Input::Source(Report::Synced, _) => self.synced = true,
             Input::Source(Report::Warnings(origin, warnings), _) => {
-                if warnings.is_empty() {
-                    self.warnings.remove(&origin);
-                } else {
+                let gone = self.warnings.remove(&origin).unwrap_or_default();
+                self.told.change(&WarningChanges { new: warnings.clone(), gone });
+                if !warnings.is_empty() {
                     self.warnings.insert(origin, warnings);
                 }
-                self.tell();
             }
             Input::Addresses(addresses) => {
                 self.addressed = true;
@@ -592,7 +593,7 @@ impl Worker {
         let started = Instant::now();
         let changes = self.compiler.compile();
         self.pending.merge(changes);
-        self.tell();
+        self.told.change(self.compiler.news());
         if self.pending.is_empty() && !first {
             self.health.unchanged();
             return Ok(());
@@ -606,9 +607,10 @@ impl Worker {
         if let Some(resetter) = &mut self.resetter {
             resetter.note(table, &self.pending);
         }
-        (self.pending, self.anew) = (Changes::default(), false);
+        let changes = std::mem::take(&mut self.pending);
+        self.anew = false;
         let elapsed = started.elapsed();
-        let refused: Vec<String> = report.refused.iter().map(ToString::to_string).collect();
+        let refused: BTreeSet<String> = report.refused.iter().map(ToString::to_string).collect();
         for refused in report.refused.iter().filter(|refused| !self.refused.contains(&refused.to_string())) {
             warn!(%refused, "not served; all others are");
             self.notices.send(Notice {
@@ -630,7 +632,7 @@ impl Worker {
             "{}",
             self.datapath.done()
         );
-        self.health.applied(table, &report, elapsed, full);
+        self.health.applied(table, &changes, &report, elapsed, full);
         Ok(())
     }
 
@@ -663,18 +665,5 @@ impl Worker {
                 warn!(error = %format!("{error:#}"), "what another mode left can't be removed; trying again");
             }
         }
-    }
-
-    /// Logs warnings that are new and those that are gone.
-    fn tell(&mut self) {
-        let now: BTreeSet<Warning> =
-            self.warnings.values().flatten().chain(self.compiler.warnings()).cloned().collect();
-        for warning in now.difference(&self.told) {
-            warn!(object = %warning.object, field = %warning.field, problem = %warning.problem, "look at this");
-        }
-        for warning in self.told.difference(&now) {
-            info!(object = %warning.object, field = %warning.field, "warning cleared");
-        }
-        self.told = now;
     }
 }

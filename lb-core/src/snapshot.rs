@@ -22,20 +22,54 @@ pub struct ClusterSnapshot {
     slices: BTreeMap<ObjectName, LiteMap<ObjectName, EndpointSlice>>,
     slice_owners: HashMap<ObjectName, ObjectName>,
     nodes: BTreeMap<Arc<str>, Node>,
+    /// How many Nodes have an address.
+    node_addresses: HashMap<IpAddr, usize>,
     service_cidrs: BTreeMap<Arc<str>, Vec<IpNet>>,
     pods: BTreeMap<ObjectName, Pod>,
 }
 
-/// What has to be resolved anew.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Dirty {
-    /// These Services.
-    Services(BTreeSet<ObjectName>),
-    /// All of them: node facts changed.
-    All,
+/// What an event may change.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dirty {
+    /// Services to be resolved anew.
+    pub services: BTreeSet<ObjectName>,
+    /// Nodes that say something else now.
+    pub nodes: BTreeSet<Arc<str>>,
+    /// Addresses that such a Node has or had.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+impl Dirty {
+    /// Adds what `other` has.
+    pub fn merge(&mut self, other: Self) {
+        self.services.extend(other.services);
+        self.nodes.extend(other.nodes);
+        self.addresses.extend(other.addresses);
+    }
 }
 
 impl ClusterSnapshot {
+    /// An event as the node named `own` takes it; `None` changes nothing there.
+    ///
+    /// What the Node object of a running node said outlives the object: one that is deleted takes no pod away, and one
+    /// that is made anew has neither addresses nor pod ranges until its kubelet and controller report them.
+    pub fn seen_by(&self, own: &str, event: Event) -> Option<Event> {
+        match event {
+            Event::NodeGone(name) if *name == *own => None,
+            Event::Node(mut node) if *node.name == *own => {
+                let known = self.nodes.get(own);
+                if let Some(known) = known.filter(|_| node.addresses.is_empty()) {
+                    node.addresses.clone_from(&known.addresses);
+                }
+                if let Some(known) = known.filter(|_| node.pod_cidrs.is_empty()) {
+                    node.pod_cidrs.clone_from(&known.pod_cidrs);
+                }
+                Some(Event::Node(node))
+            }
+            event => Some(event),
+        }
+    }
+
     /// Takes an event in and says what it may change.
     pub fn apply(&mut self, event: Event) -> Dirty {
         let mut dirty = BTreeSet::new();
@@ -70,19 +104,35 @@ impl ClusterSnapshot {
             // They change no Service.
             Event::ServiceCidr(range) => drop(self.service_cidrs.insert(range.name, range.cidrs)),
             Event::ServiceCidrGone(name) => drop(self.service_cidrs.remove(&name)),
-            Event::Node(node) => {
-                let before = self.nodes.insert(node.name.clone(), node.clone());
-                if before.as_ref() != Some(&node) {
-                    return Dirty::All;
-                }
-            }
-            Event::NodeGone(name) => {
-                if self.nodes.remove(&name).is_some() {
-                    return Dirty::All;
-                }
-            }
+            Event::Node(node) => return self.replace_node(&node.name.clone(), Some(node)),
+            Event::NodeGone(name) => return self.replace_node(&name, None),
         }
-        Dirty::Services(dirty)
+        Dirty { services: dirty, ..Dirty::default() }
+    }
+
+    fn replace_node(&mut self, name: &Arc<str>, node: Option<Node>) -> Dirty {
+        if self.nodes.get(name) == node.as_ref() {
+            return Dirty::default();
+        }
+        let mut dirty = Dirty { nodes: BTreeSet::from([name.clone()]), ..Dirty::default() };
+        for addr in node.iter().flat_map(|node| &node.addresses) {
+            *self.node_addresses.entry(*addr).or_default() += 1;
+            dirty.addresses.insert(*addr);
+        }
+        let before = match node {
+            Some(node) => self.nodes.insert(name.clone(), node),
+            None => self.nodes.remove(name),
+        };
+        for addr in before.into_iter().flat_map(|before| before.addresses) {
+            if let Some(count) = self.node_addresses.get_mut(&addr) {
+                *count -= 1;
+                if *count == 0 {
+                    self.node_addresses.remove(&addr);
+                }
+            }
+            dirty.addresses.insert(addr);
+        }
+        dirty
     }
 
     /// A Service by name.
@@ -105,9 +155,9 @@ impl ClusterSnapshot {
         self.nodes.values()
     }
 
-    /// Every address of every Node.
-    pub fn node_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
-        self.nodes.values().flat_map(|node| node.addresses.iter().copied())
+    /// The address is one of a Node's.
+    pub fn is_node_address(&self, addr: IpAddr) -> bool {
+        self.node_addresses.contains_key(&addr)
     }
 
     /// Ranges that ClusterIPs are allocated from.

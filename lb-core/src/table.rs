@@ -222,6 +222,8 @@ pub struct ServiceTable {
     pub service_cidrs: BTreeSet<IpNet>,
     /// Services whose load balancers ask this node.
     pub health_checks: BTreeMap<ObjectName, HealthCheck>,
+    /// How many endpoints serve, over all service ports.
+    pub endpoints: usize,
     /// How many service ports have endpoints and a policy Local, and no endpoint here.
     pub without_local: BTreeMap<(Family, Traffic), usize>,
 }
@@ -237,8 +239,8 @@ pub struct Changes {
     pub vips: BTreeSet<IpAddr>,
     /// The ranges of ClusterIPs changed.
     pub service_cidrs: bool,
-    /// What load balancers are told changed; no datapath looks at it.
-    pub health_checks: bool,
+    /// Services of which load balancers are told something else; no datapath looks at it.
+    pub health_checks: BTreeSet<ObjectName>,
 }
 
 impl Changes {
@@ -248,7 +250,7 @@ impl Changes {
             && self.frontends.is_empty()
             && self.vips.is_empty()
             && !self.service_cidrs
-            && !self.health_checks
+            && self.health_checks.is_empty()
     }
 
     /// Every key of `table`: what a datapath that knows nothing yet has to look at.
@@ -258,7 +260,7 @@ impl Changes {
             frontends: table.frontends.keys().copied().collect(),
             vips: table.vips.keys().copied().collect(),
             service_cidrs: true,
-            health_checks: true,
+            health_checks: table.health_checks.keys().cloned().collect(),
         }
     }
 
@@ -268,6 +270,6 @@ impl Changes {
         self.frontends.extend(other.frontends);
         self.vips.extend(other.vips);
         self.service_cidrs |= other.service_cidrs;
-        self.health_checks |= other.health_checks;
+        self.health_checks.extend(other.health_checks);
     }
 }

@@ -15,7 +15,7 @@ use axum::{extract::State as Shared, http::StatusCode, response::Response};
 use k8s_openapi::jiff::Timestamp;
 use lb_core::{
     model::{Event, Family, ObjectName},
-    table::{HealthCheck, ServiceTable},
+    table::{Changes, HealthCheck, ServiceTable},
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -154,14 +154,26 @@ impl Health {
     }
 
     /// A table was programmed; `full`: all of it, not only what changed.
-    pub fn applied(&self, table: &ServiceTable, report: &ApplyReport, elapsed: Duration, full: bool) {
+    pub fn applied(
+        &self,
+        table: &ServiceTable,
+        changes: &Changes,
+        report: &ApplyReport,
+        elapsed: Duration,
+        full: bool,
+    ) {
         let triggers = self.settle().triggers;
         self.metrics.applied(table, report, elapsed, full);
         self.metrics.programmed(&triggers);
         self.checks.send_if_modified(|checks| {
-            let changed = *checks != table.health_checks;
-            if changed {
-                checks.clone_from(&table.health_checks);
+            let mut changed = false;
+            for name in &changes.health_checks {
+                let now = table.health_checks.get(name);
+                changed |= checks.get(name) != now;
+                match now {
+                    Some(check) => checks.insert(name.clone(), check.clone()),
+                    None => checks.remove(name),
+                };
             }
             changed
         });
@@ -479,7 +491,8 @@ mod tests {
     fn a_success_ends_the_waiting() {
         let health = Health::default();
         health.failed(&anyhow::anyhow!("busy"));
-        health.applied(&ServiceTable::default(), &ApplyReport::default(), Duration::ZERO, true);
+        let (table, report) = (ServiceTable::default(), ApplyReport::default());
+        health.applied(&table, &Changes::default(), &report, Duration::ZERO, true);
         let state = health.lock();
         assert_eq!((state.waiting, &state.error), (None, &None));
         assert!(state.updated.is_some());

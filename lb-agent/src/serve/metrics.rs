@@ -350,7 +350,7 @@ impl Metrics {
         let ours = &self.ours;
         ours.services.set(table.services.len() as i64);
         ours.frontends.set(table.frontends.len() as i64);
-        ours.backends.set(table.services.values().map(|entry| entry.serving.len() as i64).sum());
+        ours.backends.set(table.endpoints as i64);
         ours.refused.set(report.refused.len() as i64);
         ours.syncs.inc();
         ours.duration.set(secs);

@@ -71,7 +71,6 @@ pub struct Compiled {
 pub fn compile(cluster: &ClusterSnapshot, node: &NodeView, config: &CompileConfig) -> Compiled {
     let mut compiler = Compiler::new(config.clone(), node.clone());
     compiler.snapshot = cluster.clone();
-    compiler.dirty = Dirty::All;
     compiler.compile();
     Compiled { warnings: compiler.warnings().cloned().collect(), table: compiler.table }
 }
@@ -82,6 +81,8 @@ pub struct Compiler {
     node: NodeView,
     snapshot: ClusterSnapshot,
     dirty: Dirty,
+    /// Something that every Service depends on changed, or nothing is resolved yet.
+    all_dirty: bool,
     table: ServiceTable,
     resolved: BTreeMap<ObjectName, Resolved>,
     /// Who claims a frontend, the oldest first: that one has it.
@@ -89,7 +90,25 @@ pub struct Compiler {
     collisions: BTreeMap<FrontendAddr, Vec<Warning>>,
     /// How many frontends stand on an address.
     vip_uses: BTreeMap<IpAddr, usize>,
-    node_addresses: BTreeSet<IpAddr>,
+    news: WarningChanges,
+}
+
+/// Warnings that came and went. One may do both, when it stays but is found anew.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WarningChanges {
+    /// They hold now.
+    pub new: Vec<Warning>,
+    /// They held before.
+    pub gone: Vec<Warning>,
+}
+
+impl WarningChanges {
+    fn replace(&mut self, before: &[Warning], now: &[Warning]) {
+        if before != now {
+            self.new.extend_from_slice(now);
+            self.gone.extend_from_slice(before);
+        }
+    }
 }
 
 impl Compiler {
@@ -99,23 +118,21 @@ impl Compiler {
             config,
             node,
             snapshot: ClusterSnapshot::default(),
-            dirty: Dirty::All,
+            dirty: Dirty::default(),
+            all_dirty: true,
             table: ServiceTable::default(),
             resolved: BTreeMap::new(),
             claims: BTreeMap::new(),
             collisions: BTreeMap::new(),
             vip_uses: BTreeMap::new(),
-            node_addresses: BTreeSet::new(),
+            news: WarningChanges::default(),
         }
     }
 
     /// Takes a change of the cluster in; the table follows at the next [`Compiler::compile`].
     pub fn apply(&mut self, event: Event) {
-        let dirty = self.snapshot.apply(event);
-        match (&mut self.dirty, dirty) {
-            (Dirty::Services(all), Dirty::Services(more)) => all.extend(more),
-            (all, Dirty::All) => *all = Dirty::All,
-            (Dirty::All, _) => {}
+        if let Some(event) = self.snapshot.seen_by(&self.node.name, event) {
+            self.dirty.merge(self.snapshot.apply(event));
         }
     }
 
@@ -123,7 +140,7 @@ impl Compiler {
     pub fn set_addresses(&mut self, addresses: Vec<IpAddr>) {
         if self.node.addresses != addresses {
             self.node.addresses = addresses;
-            self.dirty = Dirty::All;
+            self.all_dirty = true;
         }
     }
 
@@ -150,18 +167,28 @@ impl Compiler {
             .chain(self.collisions.values().flatten())
     }
 
+    /// Which warnings the last [`Compiler::compile`] changed.
+    pub fn news(&self) -> &WarningChanges {
+        &self.news
+    }
+
     /// Brings the table up to date and says which keys changed.
     pub fn compile(&mut self) -> Changes {
         let mut changes = Changes::default();
-        let names: BTreeSet<ObjectName> =
-            match std::mem::replace(&mut self.dirty, Dirty::Services(BTreeSet::new())) {
-                Dirty::Services(names) => names,
-                Dirty::All => {
-                    self.take_node_facts(&mut changes);
-                    let known = self.snapshot.services().map(|service| service.name.clone());
-                    known.chain(self.resolved.keys().cloned()).collect()
-                }
-            };
+        self.news = WarningChanges::default();
+        let dirty = std::mem::take(&mut self.dirty);
+        let all = std::mem::take(&mut self.all_dirty);
+        let all = (all || dirty.nodes.contains(&self.node.name)) && (self.take_node_facts() || all);
+        let (names, addresses) = if all {
+            let known = self.snapshot.services().map(|service| service.name.clone());
+            let names = known.chain(self.resolved.keys().cloned()).collect();
+            (names, self.table.vips.keys().copied().collect())
+        } else {
+            (dirty.services, dirty.addresses)
+        };
+        for addr in addresses {
+            self.classify(addr, &mut changes);
+        }
         for name in names {
             self.update(&name, &mut changes);
         }
@@ -173,23 +200,34 @@ impl Compiler {
         changes
     }
 
-    fn take_node_facts(&mut self, changes: &mut Changes) {
-        if let Some(node) = self.snapshot.node(&self.node.name) {
-            self.node.zone.clone_from(&node.zone);
-            let of = |family| {
-                let chosen = self.config.node_ip.filter(|addr| Family::of(*addr) == family);
-                chosen.or_else(|| node.addresses.iter().copied().find(|addr| Family::of(*addr) == family))
-            };
-            self.node.primary = [Family::V4, Family::V6].into_iter().filter_map(of).collect();
+    /// Takes in what its Node object says of this node, and whether that is something else than it said before.
+    fn take_node_facts(&mut self) -> bool {
+        let Some(node) = self.snapshot.node(&self.node.name) else { return false };
+        let of = |family| {
+            let chosen = self.config.node_ip.filter(|addr| Family::of(*addr) == family);
+            chosen.or_else(|| node.addresses.iter().copied().find(|addr| Family::of(*addr) == family))
+        };
+        let primary: Vec<IpAddr> = [Family::V4, Family::V6].into_iter().filter_map(of).collect();
+        let is_new = (&self.node.zone, &self.node.primary) != (&node.zone, &primary);
+        self.node.zone.clone_from(&node.zone);
+        self.node.primary = primary;
+        is_new
+    }
+
+    /// Says anew what a frontend's address is.
+    fn classify(&mut self, addr: IpAddr, changes: &mut Changes) {
+        let now = self.vip_kind(addr);
+        if let Some(kind) = self.table.vips.get_mut(&addr).filter(|kind| **kind != now) {
+            *kind = now;
+            changes.vips.insert(addr);
         }
-        self.node_addresses =
-            self.snapshot.node_addresses().chain(self.node.addresses.iter().copied()).collect();
-        for (addr, kind) in &mut self.table.vips {
-            let now = vip_kind(&self.node_addresses, &self.node.addresses, *addr);
-            if *kind != now {
-                *kind = now;
-                changes.vips.insert(*addr);
-            }
+    }
+
+    fn vip_kind(&self, addr: IpAddr) -> VipKind {
+        match addr {
+            _ if self.node.addresses.contains(&addr) || addr.is_loopback() => VipKind::OwnAddress,
+            _ if self.snapshot.is_node_address(addr) => VipKind::NodeAddress,
+            _ => VipKind::Vip,
         }
     }
 
@@ -204,6 +242,7 @@ impl Compiler {
             self.keep(name, desired);
             return;
         }
+        self.news.replace(&actual.warnings, &desired.warnings);
         for key in &actual.without_local {
             self.table.without_local.entry(*key).and_modify(|count| *count -= 1);
         }
@@ -213,19 +252,22 @@ impl Compiler {
         self.table.without_local.retain(|_, count| *count > 0);
         let health_check = desired.health_check.clone();
         if self.table.health_checks.get(name) != health_check.as_ref() {
-            changes.health_checks = true;
+            changes.health_checks.insert(name.clone());
             match health_check {
                 Some(check) => self.table.health_checks.insert(name.clone(), check),
                 None => self.table.health_checks.remove(name),
             };
         }
         for id in actual.entries.keys().filter(|id| !desired.entries.contains_key(*id)) {
-            self.table.services.remove(id);
+            let gone = self.table.services.remove(id);
+            self.table.endpoints -= gone.map_or(0, |entry| entry.serving.len());
             changes.services.insert(id.clone());
         }
         for (id, entry) in desired.entries.iter() {
             if self.table.services.get(id) != Some(entry) {
-                self.table.services.insert(id.clone(), entry.clone());
+                let before = self.table.services.insert(id.clone(), entry.clone());
+                self.table.endpoints -= before.map_or(0, |entry| entry.serving.len());
+                self.table.endpoints += entry.serving.len();
                 changes.services.insert(id.clone());
             }
         }
@@ -296,10 +338,11 @@ impl Compiler {
         };
         let uses = self.vip_uses.entry(addr.addr).or_default();
         *uses = uses.saturating_add_signed(difference);
-        let desired = (*uses > 0).then(|| vip_kind(&self.node_addresses, &self.node.addresses, addr.addr));
-        if *uses == 0 {
+        let is_used = *uses > 0;
+        if !is_used {
             self.vip_uses.remove(&addr.addr);
         }
+        let desired = is_used.then(|| self.vip_kind(addr.addr));
         let actual = match desired {
             Some(kind) => self.table.vips.insert(addr.addr, kind),
             None => self.table.vips.remove(&addr.addr),
@@ -310,29 +353,16 @@ impl Compiler {
     }
 
     fn note_collisions(&mut self, addr: FrontendAddr, winner: Option<&ObjectName>, losers: &[ObjectName]) {
-        let Some(winner) = winner.filter(|_| !losers.is_empty()) else {
-            self.collisions.remove(&addr);
-            return;
-        };
-        let warnings = losers
-            .iter()
-            .filter_map(|loser| self.snapshot.service(loser))
-            .map(|loser| {
-                warning(
-                    loser,
-                    "spec".into(),
-                    format!("{addr} belongs to the older Service {winner}; here it is not served"),
-                )
-            })
+        let text = |winner| format!("{addr} belongs to the older Service {winner}; here it is not served");
+        let known = losers.iter().filter_map(|loser| self.snapshot.service(loser));
+        let warnings: Vec<Warning> = winner
+            .into_iter()
+            .flat_map(|winner| known.clone().map(move |loser| warning(loser, "spec".into(), text(winner))))
             .collect();
-        self.collisions.insert(addr, warnings);
-    }
-}
-
-fn vip_kind(node_addresses: &BTreeSet<IpAddr>, own: &[IpAddr], addr: IpAddr) -> VipKind {
-    match addr {
-        _ if own.contains(&addr) || addr.is_loopback() => VipKind::OwnAddress,
-        _ if node_addresses.contains(&addr) => VipKind::NodeAddress,
-        _ => VipKind::Vip,
+        let before = match warnings.is_empty() {
+            true => self.collisions.remove(&addr),
+            false => self.collisions.insert(addr, warnings.clone()),
+        };
+        self.news.replace(&before.unwrap_or_default(), &warnings);
     }
 }

@@ -561,10 +561,77 @@ fn carry(mirror: &mut ServiceTable, table: &ServiceTable, changes: &Changes) {
     copy(&mut mirror.services, &table.services, &changes.services);
     copy(&mut mirror.frontends, &table.frontends, &changes.frontends);
     copy(&mut mirror.vips, &table.vips, &changes.vips);
-    if changes.health_checks {
-        mirror.health_checks.clone_from(&table.health_checks);
-    }
+    copy(&mut mirror.health_checks, &table.health_checks, &changes.health_checks);
     if !changes.is_empty() {
+        mirror.endpoints = table.endpoints;
         mirror.without_local.clone_from(&table.without_local);
     }
+}
+
+/// A Node of this name that says so of itself.
+fn node(name: &str, zone: Option<&str>, addresses: &[&str], pod_cidrs: &[&str]) -> Event {
+    Event::Node(Node {
+        name: name.into(),
+        addresses: addresses.iter().map(|text| ip(text)).collect(),
+        zone: zone.map(Into::into),
+        pod_cidrs: pod_cidrs.iter().map(|text| text.parse().expect("a range")).collect(),
+        eligible: true,
+    })
+}
+
+#[test]
+fn what_its_node_said_outlives_the_object() {
+    let addresses = vec![ip("192.0.2.1"), ip("192.0.2.9")];
+    let view = NodeView { name: "node-1".into(), addresses, ..NodeView::default() };
+    let config =
+        CompileConfig { node_port_addresses: vec![NodePortAddress::Primary], ..CompileConfig::default() };
+    let mut compiler = Compiler::new(config, view);
+    let mut web = service("web", "10.96.0.1");
+    web.service_type = ServiceType::NodePort;
+    web.ports[0].node_port = 30080;
+    let hints = hinted(&[("a", ""), ("b", "")]);
+    compiler.apply(Event::Service(web));
+    compiler.apply(Event::EndpointSlice(hints));
+    compiler.apply(node("node-1", Some("a"), &["192.0.2.1"], &["10.244.1.0/24"]));
+    compiler.compile();
+    let before = compiler.table().clone();
+    assert!(before.vips.contains_key(&ip("192.0.2.1")), "a NodePort at its primary address\n{before}");
+
+    compiler.apply(Event::NodeGone("node-1".into()));
+    assert!(compiler.compile().is_empty(), "deleted\n{}", compiler.table());
+    compiler.apply(node("node-1", Some("a"), &[], &[]));
+    assert!(compiler.compile().is_empty(), "made anew\n{}", compiler.table());
+    assert_eq!(compiler.table(), &before);
+    let ranges = compiler.node().map(|node| node.pod_cidrs.clone());
+    assert_eq!(ranges, Some(vec!["10.244.1.0/24".parse().expect("a range")]));
+
+    compiler.apply(node("node-1", Some("b"), &["192.0.2.9"], &[]));
+    compiler.compile();
+    assert_ne!(compiler.table(), &before, "and changes with what it says");
+    assert!(compiler.table().vips.contains_key(&ip("192.0.2.9")));
+}
+
+#[test]
+fn another_node_changes_what_its_addresses_are_and_no_more() {
+    let mut compiler = Compiler::new(CompileConfig::default(), node_view());
+    let mut web = service("web", "10.96.0.1");
+    web.external_ips = vec![ip("198.51.100.7")];
+    compiler.apply(Event::Service(web));
+    compiler.apply(Event::Service(service("api", "10.96.0.2")));
+    compiler.compile();
+    let mut step = |event: Event| {
+        compiler.apply(event);
+        let changes = compiler.compile();
+        let kind = compiler.table().vips[&ip("198.51.100.7")];
+        (changes.vips.into_iter().collect::<Vec<_>>(), changes.services.len() + changes.frontends.len(), kind)
+    };
+    let vip = vec![ip("198.51.100.7")];
+    assert_eq!(step(node("node-2", None, &["192.0.2.2"], &[])), (vec![], 0, VipKind::Vip));
+    let taken = node("node-2", None, &["192.0.2.2", "198.51.100.7"], &[]);
+    assert_eq!(step(taken.clone()), (vip.clone(), 0, VipKind::NodeAddress));
+    assert_eq!(step(taken), (vec![], 0, VipKind::NodeAddress));
+    let shared = node("node-3", None, &["198.51.100.7"], &[]);
+    assert_eq!(step(shared), (vec![], 0, VipKind::NodeAddress));
+    assert_eq!(step(Event::NodeGone("node-2".into())), (vec![], 0, VipKind::NodeAddress));
+    assert_eq!(step(Event::NodeGone("node-3".into())), (vip, 0, VipKind::Vip));
 }

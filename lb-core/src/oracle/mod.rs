@@ -245,7 +245,7 @@ impl Oracle<'_> {
     }
 
     fn is_a_nodes(&self, addr: IpAddr) -> bool {
-        self.is_own(addr) || self.cluster.node_addresses().any(|known| known == addr)
+        self.is_own(addr) || self.cluster.is_node_address(addr)
     }
 
     fn zone(&self) -> Option<&str> {

@@ -27,7 +27,10 @@ impl Scene {
     pub fn happen(&mut self, random: &mut Random) -> Step {
         let step = self.step(random);
         match &step {
-            Step::Event(event) => drop(self.cluster.apply(event.clone())),
+            Step::Event(event) => {
+                let seen = self.cluster.seen_by(&self.node.name, event.clone());
+                seen.into_iter().for_each(|event| drop(self.cluster.apply(event)));
+            }
             Step::Addresses(addresses) => self.node.addresses.clone_from(addresses),
         }
         step
@@ -56,8 +59,7 @@ impl Scene {
             16 => Event::Pod(pod(random)),
             17 => Event::PodGone(pod(random).name),
             18 => Event::Node(node(random)),
-            // What this node knew of itself outlives its own Node object.
-            19 => Event::NodeGone((*random.pick(&["node-2", "node-3"])).into()),
+            19 => Event::NodeGone((*random.pick(&["node-1", "node-2", "node-3"])).into()),
             20 if random.once_in(2) => Event::ServiceCidr(ServiceCidr {
                 name: "more".into(),
                 cidrs: random.some(2, &["10.96.0.0/16", "fd00:10:96::/112"].map(net)),

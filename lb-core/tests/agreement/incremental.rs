@@ -1,8 +1,11 @@
 //! A compiler that follows a cluster has the table of one that sees it for the first time, whatever happened before.
 
+use std::collections::BTreeMap;
+
 use lb_core::{
-    compile::{Compiled, Compiler, compile},
+    compile::{Compiled, Compiler, WarningChanges, compile},
     flow::Dialect,
+    model::Warning,
     table::{Changes, ServiceTable},
 };
 
@@ -25,6 +28,7 @@ fn a_table_kept_up_to_date_is_the_one_made_anew() {
         let config = scene.compile_config(dialect);
         let mut compiler = Compiler::new(config.clone(), scene.node.clone());
         let mut before = ServiceTable::default();
+        let mut told = BTreeMap::new();
         let mut since = Vec::new();
         for number in 1..=STEPS {
             let step = scene.happen(&mut random);
@@ -45,6 +49,8 @@ fn a_table_kept_up_to_date_is_the_one_made_anew() {
             let at = || format!("history {seed}, step {number}, since the last compile: {since:#?}");
             assert_eq!(kept.table, anew.table, "{}\nkept:\n{}\nanew:\n{}", at(), kept.table, anew.table);
             assert_eq!(kept.warnings, anew.warnings, "{}", at());
+            tell(&mut told, compiler.news());
+            assert_eq!(told, counted(&kept.warnings), "{}", at());
             let missing = unmentioned(&before, &kept.table, &changes);
             assert!(missing.is_empty(), "{}: no change of {missing:?}", at());
             tables += usize::from(kept.table != before);
@@ -56,6 +62,20 @@ fn a_table_kept_up_to_date_is_the_one_made_anew() {
     }
     let seen = [tables, warnings, collisions];
     assert!(seen.iter().all(|n| *n > 1000), "the histories show too little: {seen:?}");
+}
+
+/// Carries what came and went into what somebody was told, each as often as it holds.
+fn tell(told: &mut BTreeMap<Warning, isize>, news: &WarningChanges) {
+    for (warnings, by) in [(&news.new, 1), (&news.gone, -1)] {
+        warnings.iter().for_each(|warning| *told.entry(warning.clone()).or_default() += by);
+    }
+    told.retain(|_, count| *count != 0);
+}
+
+fn counted(warnings: &[Warning]) -> BTreeMap<Warning, isize> {
+    let mut counts = BTreeMap::new();
+    warnings.iter().for_each(|warning| *counts.entry(warning.clone()).or_default() += 1);
+    counts
 }
 
 /// Keys that differ and that no change names: a datapath would never look at them.
@@ -83,7 +103,12 @@ fn unmentioned(before: &ServiceTable, after: &ServiceTable, changes: &Changes) -
     );
     let ranges = before.service_cidrs != after.service_cidrs && !changes.service_cidrs;
     missing.extend(ranges.then(|| "service CIDRs".to_owned()));
-    let checks = before.health_checks != after.health_checks && !changes.health_checks;
-    missing.extend(checks.then(|| "health checks".to_owned()));
+    let checks = before.health_checks.keys().chain(after.health_checks.keys());
+    missing.extend(
+        checks
+            .filter(|name| before.health_checks.get(*name) != after.health_checks.get(*name))
+            .filter(|name| !changes.health_checks.contains(*name))
+            .map(|name| format!("health check {name}")),
+    );
     missing
 }
