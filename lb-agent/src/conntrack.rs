@@ -79,6 +79,33 @@ pub struct Entry {
     pub dst_nat: bool,
 }
 
+/// Connections that were asked for.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Those of them that the kernel told of.
+    pub entries: Vec<Entry>,
+    /// It told of all: nothing was interrupted.
+    pub is_whole: bool,
+}
+
+impl Found {
+    fn of(entries: Vec<Entry>, listed: io::Result<()>) -> io::Result<Self> {
+        match listed {
+            Ok(()) => Ok(Self { entries, is_whole: true }),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Self { entries, is_whole: false }),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Of a list that is not whole.
+pub fn interrupted() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::Interrupted,
+        "the kernel's list of connections changed each time it was read",
+    )
+}
+
 /// The kernel's table of connections, of this network namespace.
 pub struct Conntrack(Netfilter);
 
@@ -90,22 +117,27 @@ impl Conntrack {
 
     /// All TCP and UDP connections of a family.
     pub fn list(&mut self, family: Family) -> io::Result<Vec<Entry>> {
-        self.find(family, |_| true)
+        let found = self.find(family, |_| true)?;
+        match found.is_whole {
+            true => Ok(found.entries),
+            false => Err(interrupted()),
+        }
     }
 
     /// Those connections of a family that are wanted; the others take no memory. A list that is not whole is asked for
-    /// again, some times.
-    pub fn find(&mut self, family: Family, wanted: impl Fn(&Entry) -> bool) -> io::Result<Vec<Entry>> {
-        listed(|| {
+    /// again, some times, and then taken as it is.
+    pub fn find(&mut self, family: Family, wanted: impl Fn(&Entry) -> bool) -> io::Result<Found> {
+        let mut entries = Vec::new();
+        let listed = listed(|| {
             self.0.send(SUBSYSTEM | GET, REQUEST | DUMP, family, &[])?;
-            let mut entries = Vec::new();
+            entries.clear();
             self.0.receive(|kind, payload| {
                 if kind == SUBSYSTEM | NEW {
                     entries.extend(parse(payload).filter(&wanted));
                 }
-            })?;
-            Ok(entries)
-        })
+            })
+        });
+        Found::of(entries, listed)
     }
 
     /// Forgets a connection; its next packet begins a new one.
@@ -224,6 +256,17 @@ mod tests {
         // ICMP has no ports.
         let ip = nested(attribute::TUPLE_IP, &plain(attribute::V4_SRC, &[192, 0, 2, 9]));
         assert_eq!(parse(&nested(attribute::TUPLE_ORIG, &ip)), None);
+    }
+
+    #[test]
+    fn a_list_that_is_not_whole_is_taken_as_it_is() {
+        let orig = between("192.0.2.9:1", "10.96.0.10:2");
+        let entries = vec![Entry { orig, reply: orig, dst_nat: true }];
+        let of = |listed| Found::of(entries.clone(), listed).map_err(|error| error.kind());
+        assert_eq!(of(Ok(())), Ok(Found { entries: entries.clone(), is_whole: true }));
+        assert_eq!(of(Err(interrupted())), Ok(Found { entries: entries.clone(), is_whole: false }));
+        let denied = io::ErrorKind::PermissionDenied;
+        assert_eq!(of(Err(denied.into())), Err(denied));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use lb_core::{
 use tracing::{info, warn};
 
 use crate::{
-    conntrack::{Conntrack, Entry},
+    conntrack::{self, Conntrack, Entry},
     serve::Health,
 };
 
@@ -52,28 +52,33 @@ impl Reconciler {
         }
         let wait = self.retry.take().map_or(RETRY.0, |(_, wait)| (wait * 2).min(RETRY.1));
         for family in std::mem::take(&mut self.pending) {
-            let started = Instant::now();
-            let done = forget_stale(table, family);
-            match &done {
-                Ok(0) => {}
-                Ok(flows) => info!(%family, flows, "UDP flows to backends that are gone choose anew"),
-                Err(error) => {
-                    warn!(%family, %error, "UDP flows to backends that are gone can't be ended; trying again");
-                    self.pending.insert(family);
-                    self.retry = Some((Instant::now() + wait, wait));
-                }
+            let (started, mut flows) = (Instant::now(), 0);
+            let done = forget_stale(table, family, &mut flows);
+            if flows > 0 {
+                info!(%family, flows, "UDP flows to backends that are gone choose anew");
             }
-            health.conntrack_reconciled(family, started.elapsed(), done.unwrap_or(0));
+            if let Err(error) = done {
+                warn!(%family, %error, "UDP flows to backends that are gone can't all be ended; trying again");
+                self.pending.insert(family);
+                self.retry = Some((Instant::now() + wait, wait));
+            }
+            health.conntrack_reconciled(family, started.elapsed(), flows);
         }
     }
 }
 
-/// Returns how many flows were forgotten.
-fn forget_stale(table: &ServiceTable, family: Family) -> io::Result<u64> {
+/// Counts the flows it forgets, which may be some before it fails. What can be forgotten is, whatever else fails.
+fn forget_stale(table: &ServiceTable, family: Family, forgotten: &mut u64) -> io::Result<()> {
     let mut conntrack = Conntrack::open()?;
     let stale = conntrack.find(family, |entry| is_stale(table, entry))?;
-    stale.iter().try_for_each(|entry| conntrack.forget(&entry.orig))?;
-    Ok(stale.len() as u64)
+    let mut result = if stale.is_whole { Ok(()) } else { Err(conntrack::interrupted()) };
+    for entry in &stale.entries {
+        match conntrack.forget(&entry.orig) {
+            Ok(()) => *forgotten += 1,
+            Err(error) => result = Err(error),
+        }
+    }
+    result
 }
 
 fn is_stale(table: &ServiceTable, entry: &Entry) -> bool {

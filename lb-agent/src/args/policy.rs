@@ -5,7 +5,7 @@ use std::{net::IpAddr, path::PathBuf};
 use anyhow::Result;
 use clap::{
     Args as ClapArgs, ValueEnum,
-    builder::{PossibleValue, PossibleValuesParser, TypedValueParser},
+    builder::{BoolishValueParser, PossibleValue, PossibleValuesParser, TypedValueParser},
 };
 use ipnet::IpNet;
 use lb_core::rules::ipvs::Scheduler;
@@ -20,14 +20,14 @@ pub struct PolicyArgs {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Masquerade all traffic to services.
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     masquerade_all: Option<bool>,
     /// Node addresses that answer NodePorts, separated by commas: CIDRs, primary, localhost, all. If not given, primary in
     /// nftables mode and all in the others.
     #[arg(long, alias = "node-port-addresses", value_delimiter = ',', value_name = "CIDR|primary|…")]
     nodeport_addresses: Option<Vec<String>>,
     /// Answer NodePorts on 127.0.0.1, in ebpf and iptables modes.
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     iptables_localhost_nodeports: Option<bool>,
     /// The bit of the packet mark that asks for masquerading, in netfilter modes.
     #[arg(long, value_name = "0–31")]

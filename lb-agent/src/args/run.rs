@@ -1,15 +1,17 @@
 //! Options of `run`.
 
 use std::{
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Result, bail};
-use clap::{ArgAction, Args as ClapArgs, ValueEnum};
+use clap::{Args as ClapArgs, ValueEnum, builder::BoolishValueParser};
 use lb_common::abi::TraceFilter;
 use lb_core::{compile::CompileConfig, rules};
+use tracing::warn;
 
 use super::{
     EXAMPLES, Mode, ModeChoice, cgroup_root, node_name,
@@ -35,7 +37,7 @@ type Period = kube::core::Duration;
 
 /// Options of `run`.
 #[derive(ClapArgs, Clone, Debug)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, args_override_self = true)]
 pub struct RunArgs {
     /// What carries packets to backends; auto if neither this nor the configuration says.
     #[arg(long, alias = "proxy-mode", env = "LB_MODE")]
@@ -73,7 +75,7 @@ pub struct RunArgs {
     tc_mode: Option<TcMode>,
     /// Once this mode serves, remove what kube-proxy left in its modes; its connections go on until they end. kube-proxy
     /// itself has to be gone.
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     replace_kube_proxy: Option<bool>,
     /// What becomes of TCP connections and connected UDP sockets when their backend is gone from all EndpointSlices (for
     /// UDP: when it no longer serves). In the ebpf mode only; keep if not given.
@@ -111,12 +113,18 @@ struct KubeProxyArgs {
     /// The API server's address, whatever the kubeconfig says.
     #[arg(long, value_name = "URL")]
     master: Option<String>,
-    /// Where /healthz and /livez are served; with --dry-run 127.0.0.1:10356 [default: 0.0.0.0:10256].
+    /// Where /healthz and /livez are served, nowhere if empty; with --dry-run 127.0.0.1:10356 [default: 0.0.0.0:10256].
     #[arg(long, value_name = "IP[:PORT]")]
     healthz_bind_address: Option<String>,
-    /// Where /metrics is served; with --dry-run 127.0.0.1:10349 [default: 127.0.0.1:10249].
+    /// Where /metrics is served, nowhere if empty; with --dry-run 127.0.0.1:10349 [default: 127.0.0.1:10249].
     #[arg(long, value_name = "IP[:PORT]")]
     metrics_bind_address: Option<String>,
+    /// The port of /healthz where --healthz-bind-address isn't given; 0 for none. Deprecated by kube-proxy.
+    #[arg(long, hide = true)]
+    healthz_port: Option<u16>,
+    /// The port of /metrics where --metrics-bind-address isn't given; 0 for none. Deprecated by kube-proxy.
+    #[arg(long, hide = true)]
+    metrics_port: Option<u16>,
     /// How the kernel's OOM killer weighs the agent [default: -999].
     #[arg(long, allow_negative_numbers = true)]
     oom_score_adj: Option<i32>,
@@ -133,7 +141,7 @@ struct KubeProxyArgs {
     #[arg(long, value_name = "DURATION")]
     conntrack_tcp_timeout_close_wait: Option<Period>,
     /// net.netfilter.nf_conntrack_tcp_be_liberal=1; iptables and ipvs modes then drop no INVALID packets.
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     conntrack_tcp_be_liberal: Option<bool>,
     /// net.netfilter.nf_conntrack_udp_timeout.
     #[arg(long, value_name = "DURATION")]
@@ -155,7 +163,7 @@ struct KubeProxyArgs {
     ipvs_min_sync_period: Option<Period>,
     /// In the ipvs mode, answer ARP for the asked device's own addresses only (arp_ignore=1, arp_announce=2): bound
     /// VIPs are not announced by accident.
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
     ipvs_strict_arp: Option<bool>,
     /// When IPVS forgets an idle TCP connection.
     #[arg(long, value_name = "DURATION")]
@@ -173,11 +181,11 @@ struct KubeProxyArgs {
     #[arg(long, value_name = "FORMAT")]
     logging_format: Option<String>,
     /// Remove everything of ours and of kube-proxy from this node and end, as `cleanup --kube-proxy` does.
-    #[arg(long, action = ArgAction::SetTrue)]
-    pub(super) cleanup: bool,
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
+    pub(super) cleanup: Option<bool>,
     /// Set sysctls and end.
-    #[arg(long, action = ArgAction::SetTrue)]
-    pub(super) init_only: bool,
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = BoolishValueParser::new(), value_name = "BOOL")]
+    pub(super) init_only: Option<bool>,
     /// Write the configuration that results from --config and the options into this file and end.
     #[arg(long, value_name = "FILE")]
     pub(super) write_config_to: Option<PathBuf>,
@@ -210,6 +218,14 @@ struct WithoutMeaning {
     #[arg(long, hide = true, num_args = 0..=1, require_equals = true)]
     profiling: Option<Option<String>>,
     #[arg(long, hide = true)]
+    log_json_info_buffer_size: Option<String>,
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true)]
+    log_json_split_stream: Option<Option<String>>,
+    #[arg(long, hide = true)]
+    log_text_info_buffer_size: Option<String>,
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true)]
+    log_text_split_stream: Option<Option<String>>,
+    #[arg(long, hide = true)]
     show_hidden_metrics_for_version: Option<String>,
     #[arg(long, hide = true)]
     vmodule: Option<String>,
@@ -226,6 +242,10 @@ impl WithoutMeaning {
             ("--kube-api-content-type", self.kube_api_content_type.is_some()),
             ("--kube-api-qps", self.kube_api_qps.is_some()),
             ("--log-flush-frequency", self.log_flush_frequency.is_some()),
+            ("--log-json-info-buffer-size", self.log_json_info_buffer_size.is_some()),
+            ("--log-json-split-stream", self.log_json_split_stream.is_some()),
+            ("--log-text-info-buffer-size", self.log_text_info_buffer_size.is_some()),
+            ("--log-text-split-stream", self.log_text_split_stream.is_some()),
             ("--profiling", self.profiling.is_some()),
             ("--show-hidden-metrics-for-version", self.show_hidden_metrics_for_version.is_some()),
             ("--vmodule", self.vmodule.is_some()),
@@ -259,6 +279,15 @@ impl KubeProxyArgs {
     }
 }
 
+/// What became of an address by what was typed: none if that is empty, or a deprecated port is 0.
+fn bound(configured: Option<SocketAddr>, typed: Option<&str>, port: Option<u16>) -> Option<SocketAddr> {
+    match (typed, port) {
+        (Some(""), _) | (None, Some(0)) => None,
+        (Some(_), _) | (None, None) => configured,
+        (None, Some(port)) => configured.map(|addr| SocketAddr::new(addr.ip(), port)),
+    }
+}
+
 /// `--on-backend-gone` of `run`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnBackendGone {
@@ -278,6 +307,28 @@ pub enum Instead {
     Init,
     /// kube-proxy `--write-config-to`.
     WriteConfig(PathBuf),
+}
+
+/// What can become of connections in the mode that is taken. Where the agent chose it, it does without rather than not
+/// serve.
+pub(super) fn on_backend_gone(
+    choice: ModeChoice,
+    taken: Mode,
+    wanted: OnBackendGone,
+) -> Result<OnBackendGone> {
+    if taken == Mode::Ebpf || wanted == OnBackendGone::Keep {
+        return Ok(wanted);
+    }
+    if choice == ModeChoice::Auto {
+        warn!(
+            mode = taken.name(),
+            "--on-backend-gone reset needs the ebpf mode, which does not work here (`lb-agent probe` says why): connections to backends that are gone are kept"
+        );
+        return Ok(OnBackendGone::Keep);
+    }
+    bail!(
+        "--on-backend-gone reset is done by BPF programs and by what they remember: run it with --mode ebpf, or with --mode auto to have it where that works"
+    )
 }
 
 /// Where objects come from.
@@ -342,11 +393,8 @@ impl RunArgs {
     pub fn instead(&self) -> Option<Instead> {
         let options = &self.kube_proxy;
         let write = || options.write_config_to.clone().map(Instead::WriteConfig);
-        options
-            .cleanup
-            .then_some(Instead::Cleanup)
-            .or(options.init_only.then_some(Instead::Init))
-            .or_else(write)
+        let asked = |option: Option<bool>, instead| option.unwrap_or(false).then_some(instead);
+        asked(options.cleanup, Instead::Cleanup).or(asked(options.init_only, Instead::Init)).or_else(write)
     }
 
     /// Options that were typed and do nothing.
@@ -402,7 +450,10 @@ impl RunArgs {
 
     /// Resolves file and options against this machine.
     pub fn resolve(&self, file: &File, bpf_root: &Path) -> Result<Config> {
-        let settings = config::settings(&self.configuration(file))?;
+        let mut settings = config::settings(&self.configuration(file))?;
+        let typed = &self.kube_proxy;
+        settings.healthz = bound(settings.healthz, typed.healthz_bind_address.as_deref(), typed.healthz_port);
+        settings.metrics = bound(settings.metrics, typed.metrics_bind_address.as_deref(), typed.metrics_port);
         let cgroup_root = cgroup_root(settings.cgroup_root.clone());
         let mode = match settings.mode {
             ModeChoice::Fixed(mode) => mode,
@@ -412,11 +463,7 @@ impl RunArgs {
         if mode != Mode::Ebpf && self.trace_packets.is_some() {
             bail!("--trace-packets follows packets through BPF programs: run it with --mode ebpf");
         }
-        if mode != Mode::Ebpf && settings.on_backend_gone == OnBackendGone::Reset {
-            bail!(
-                "--on-backend-gone reset is done by BPF programs and by what they remember: run it with --mode ebpf"
-            );
-        }
+        settings.on_backend_gone = on_backend_gone(settings.mode, mode, settings.on_backend_gone)?;
         Ok(Config {
             node_name: Arc::from(node_name(settings.node_name.clone())?),
             bpf_root: bpf_root.to_owned(),

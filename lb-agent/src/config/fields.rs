@@ -146,7 +146,7 @@ pub const FIELDS: &[(&str, Here)] = &[
     (
         "lb.onBackendGone",
         Does(
-            "keep or reset: what becomes of TCP connections and connected UDP sockets whose backend is gone, in ebpf mode",
+            "keep or reset: what becomes of TCP connections and connected UDP sockets whose backend is gone; reset in ebpf mode only: with mode auto they are kept where that takes another",
         ),
     ),
 ];

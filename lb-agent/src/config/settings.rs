@@ -71,10 +71,10 @@ pub struct Settings {
     pub node_name: Option<String>,
     /// Credentials.
     pub kubeconfig: Option<PathBuf>,
-    /// `/healthz`.
-    pub healthz: SocketAddr,
-    /// `/metrics`.
-    pub metrics: SocketAddr,
+    /// Where `/healthz` is served; `None` is nowhere, which only options can say.
+    pub healthz: Option<SocketAddr>,
+    /// Where `/metrics` is served, likewise.
+    pub metrics: Option<SocketAddr>,
     /// How pods are told.
     pub detect_local: DetectLocal,
     /// How IPVS is set up.
@@ -143,10 +143,10 @@ impl Settings {
             kubeconfig: given(&file.client_connection.kubeconfig).map(PathBuf::from),
             healthz: p
                 .address("healthzBindAddress", &file.healthz_bind_address, HEALTHZ_PORT)
-                .unwrap_or((any[usize::from(v6)], HEALTHZ_PORT).into()),
+                .or(Some((any[usize::from(v6)], HEALTHZ_PORT).into())),
             metrics: p
                 .address("metricsBindAddress", &file.metrics_bind_address, METRICS_PORT)
-                .unwrap_or((loopback[usize::from(v6)], METRICS_PORT).into()),
+                .or(Some((loopback[usize::from(v6)], METRICS_PORT).into())),
             detect_local: p.detect_local(file),
             ipvs: IpvsConfig {
                 scheduler: p

@@ -63,11 +63,15 @@ pub async fn start(config: &Config, health: Arc<Health>, pins: Pins, notices: No
         .route("/livez", any(health::livez))
         .with_state(health.clone());
     let failure = "FailedToStartProxierHealthcheck";
-    let mut servers =
-        vec![open(config.settings.healthz, "--healthz-bind-address", healthz, failure, &notices).await?];
+    let mut servers = Vec::new();
+    if let Some(at) = config.settings.healthz {
+        servers.push(open(at, "--healthz-bind-address", healthz, failure, &notices).await?);
+    }
     let pages = pages::router(health.clone(), pins);
     let failure = "FailedToStartMetricServer";
-    servers.push(open(config.settings.metrics, "--metrics-bind-address", pages, failure, &notices).await?);
+    if let Some(at) = config.settings.metrics {
+        servers.push(open(at, "--metrics-bind-address", pages, failure, &notices).await?);
+    }
     notices.send(Notice {
         about: About::ThisNode,
         warning: false,
