@@ -200,13 +200,19 @@ pub fn endpoint_slice(
         return None;
     }
     let service = label(&object.metadata, SERVICE_NAME_LABEL)?;
-    let ports = object.ports.iter().flatten().filter_map(|port| {
-        Some(SlicePort {
-            name: Arc::from(port.name.as_deref().unwrap_or_default()),
-            protocol: protocol(port.protocol.as_deref())?,
-            port: port.port.and_then(port_number)?,
-        })
-    });
+    let mut ports = Vec::new();
+    for (index, port) in object.ports.iter().flatten().enumerate() {
+        // API servers put an empty name in; no name at all is a slice that none of them has seen.
+        let Some(name) = port.name.as_deref().map(Arc::from) else {
+            noted.warn(
+                format!("ports[{index}].name"),
+                "is not there, not even empty; the port is left out".to_owned(),
+            );
+            continue;
+        };
+        let number = port.port.and_then(port_number).zip(protocol(port.protocol.as_deref()));
+        ports.extend(number.map(|(port, protocol)| SlicePort { name, protocol, port }));
+    }
     let mut endpoints = Vec::new();
     for (index, endpoint) in object.endpoints.iter().flatten().enumerate() {
         // Only the first counts (kube-proxy `endpointslicecache.go`).
@@ -240,7 +246,7 @@ pub fn endpoint_slice(
     let service = ObjectName::new(name.namespace.clone(), service.as_str());
     endpoints.shrink_to_fit();
     let triggered = triggered(&object.metadata);
-    Some(EndpointSlice { service, family, ports: ports.collect(), endpoints, triggered, name })
+    Some(EndpointSlice { service, family, ports, endpoints, triggered, name })
 }
 
 /// When the slice's Pod or Service changed, as the controller noted it.
@@ -457,6 +463,22 @@ mod tests {
         assert_eq!((slice.ports.len(), slice.endpoints.len(), warnings.len()), (1, 1, 1));
         let endpoint = &slice.endpoints[0];
         assert!(endpoint.ready && endpoint.serving && !endpoint.terminating);
+    }
+
+    #[test]
+    fn a_port_without_even_an_empty_name_is_left_out() {
+        let object = serde_yaml_ng::from_str(
+            "{metadata: {name: s, labels: {kubernetes.io/service-name: web}}, addressType: IPv4, ports: [{port: 80}, {name: '', port: 8080}], endpoints: []}",
+        )
+        .unwrap();
+        let mut warnings = Vec::new();
+        let ports = endpoint_slice(&object, &mut warnings).unwrap().ports;
+        assert_eq!(ports, [SlicePort { name: "".into(), protocol: Protocol::Tcp, port: 8080 }]);
+        let told: Vec<String> = warnings.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            told,
+            ["EndpointSlice default/s: ports[0].name: is not there, not even empty; the port is left out"]
+        );
     }
 
     #[test]

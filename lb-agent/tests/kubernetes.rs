@@ -211,7 +211,7 @@ fn service() -> Value {
 fn slice(addr: &str) -> Value {
     json!({
         "metadata": { "name": "web-1", "namespace": "shop", "labels": { "kubernetes.io/service-name": "web" } },
-        "addressType": "IPv4", "ports": [{ "port": 8080, "protocol": "TCP" }],
+        "addressType": "IPv4", "ports": [{ "name": "", "port": 8080, "protocol": "TCP" }],
         "endpoints": [{ "addresses": [addr], "conditions": { "ready": true } }],
     })
 }

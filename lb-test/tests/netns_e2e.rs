@@ -51,6 +51,7 @@ fn services() {
         should_work_after_the_service_has_been_recreated,
         should_serve_endpoints_on_same_port_and_different_protocols,
         should_resolve_named_target_ports_to_each_endpoints_own,
+        should_serve_endpoints_of_restartable_init_containers,
         should_create_endpoints_for_unready_pods,
         should_be_rejected_when_no_endpoints_exist_and_for_evicted_pods,
         should_implement_service_kubernetes_io_service_proxy_name,
@@ -329,6 +330,25 @@ fn should_create_endpoints_for_unready_pods(cluster: &mut Cluster) {
     expect(cluster, INSIDE, "10.96.0.10:80", &["refused"]);
     web(true);
     expect(cluster, INSIDE, "10.96.0.10:80", &["pod11"]);
+}
+
+fn should_serve_endpoints_of_restartable_init_containers(cluster: &mut Cluster) {
+    let pod = |ready: &str, restart_policy: &str| {
+        let sidecar = format!("{{name: s, {restart_policy}ports: [{{name: web, containerPort: 8080}}]}}");
+        format!(
+            "kind: Pod\nmetadata: {{name: pod11, labels: {{app: web}}}}\nspec: {{nodeName: node1, initContainers: [{sidecar}], containers: [{{name: c}}]}}\nstatus: {{conditions: [{{type: Ready, status: '{ready}'}}], podIPs: [{{ip: {}}}]}}\n---\n",
+            pod_ip(1, 1)
+        )
+    };
+    let fields = "selector: {app: web}, ports: [{name: http, port: 80, targetPort: web}]";
+    let web = |pod: String| apply(cluster, &(pod + &service("web", 10, fields)));
+    web(pod("False", "restartPolicy: Always, "));
+    expect(cluster, INSIDE, "10.96.0.10:80", &["refused"]);
+    web(pod("True", "restartPolicy: Always, "));
+    expect(cluster, INSIDE, "10.96.0.10:80", &["pod11"]);
+    // One that runs and ends serves nobody.
+    web(pod("True", ""));
+    expect(cluster, INSIDE, "10.96.0.10:80", &["refused"]);
 }
 
 /// With affinity for so many seconds, or without.

@@ -178,7 +178,11 @@ fn event(
                 .map(|service| (key("Service", &name), Event::Service(service)))
         }
         "EndpointSlice" => {
-            let object: discovery::EndpointSlice = typed(value).map_err(failed)?;
+            let mut object: discovery::EndpointSlice = typed(value).map_err(failed)?;
+            // As an API server does, which has not seen this one.
+            for port in object.ports.iter_mut().flatten() {
+                port.name.get_or_insert_default();
+            }
             let name = convert::name(&object.metadata);
             convert::endpoint_slice(&object, warnings)
                 .map(|slice| (key("EndpointSlice", &name), Event::EndpointSlice(slice)))
