@@ -1,9 +1,10 @@
 //! kube-proxy's configuration file: what it says is what the node does, also after it has changed.
 
-use std::{fs, time::Duration};
+use std::{collections::BTreeSet, fs, time::Duration};
 
 use lb_test::{
     cluster::{Cluster, Cni, node_ip, pod_ip},
+    is_vm,
     load::Load,
     netns, until,
 };
@@ -101,48 +102,75 @@ fn client_of(cluster: &Cluster, from: &str, target: &str) -> String {
     cluster.tcp(from, None, target).unwrap().client.unwrap_or_default()
 }
 
+/// Modes whose rules tell pods from others; in the test VM it is ipvs.
+fn netfilter_modes() -> &'static [&'static str] {
+    if is_vm() { &["ipvs"] } else { &["iptables", "nftables"] }
+}
+
+/// One of the first node's addresses, towards other nodes or towards its pods.
+fn of_node1(client: &str) -> bool {
+    [node_ip(1), "10.244.1.1".into()].contains(&client.to_owned())
+}
+
+/// Everybody the endpoints see in some connections.
+fn clients_of(cluster: &Cluster, from: &str, target: &str) -> BTreeSet<String> {
+    (0..16).map(|_| client_of(cluster, from, target)).collect()
+}
+
 #[test]
 fn pods_are_told_by_their_nodes_ranges() {
-    let nodes = |range: &str| {
-        let addresses = format!("addresses: [{{type: InternalIP, address: {}}}]", node_ip(1));
-        format!(
-            "kind: Node\nmetadata: {{name: node1}}\nspec: {{podCIDRs: [{range}]}}\nstatus: {{{addresses}}}\n"
-        )
-    };
-    let cluster = cluster(Cni::Routed, "mode: iptables\ndetectLocalMode: NodeCIDR");
-    let nat = || on_node1(&cluster, "iptables-save -t nat");
-    assert!(!nat().contains("! -s 10.244."), "without ranges nobody is known not to be a pod\n{}", nat());
-    cluster.apply("nodes.yaml", &nodes("10.244.1.0/24")).unwrap();
-    until("the node's range is in the rules", LIMIT, || {
-        nat().contains("! -s 10.244.1.0/24 -d 10.96.0.10/32")
-    });
-    assert_eq!(client_of(&cluster, "pod12", "10.96.0.10:80"), pod_ip(1, 2));
-    cluster.apply("nodes.yaml", &nodes("10.245.1.0/24")).unwrap();
-    until("the rules follow", LIMIT, || nat().contains("! -s 10.245.1.0/24 -d 10.96.0.10/32"));
-    assert_ne!(client_of(&cluster, "pod12", "10.96.0.10:80"), pod_ip(1, 2));
+    for mode in netfilter_modes() {
+        let nodes = |range: &str| {
+            let addresses = format!("addresses: [{{type: InternalIP, address: {}}}]", node_ip(1));
+            format!(
+                "kind: Node\nmetadata: {{name: node1}}\nspec: {{podCIDRs: [{range}]}}\nstatus: {{{addresses}}}\n"
+            )
+        };
+        let cluster = cluster(Cni::Routed, &format!("mode: {mode}\ndetectLocalMode: NodeCIDR"));
+        cluster.route_services_to_node1().unwrap();
+        let pod = BTreeSet::from([pod_ip(1, 2)]);
+        let seen = || clients_of(&cluster, "pod12", "10.96.0.10:80");
+        let becomes = |what: &str, is_itself: bool| {
+            until(&format!("{mode}: {what}"), LIMIT, || (seen() == pod) == is_itself);
+        };
+        assert_eq!(seen(), pod, "{mode}: without ranges nobody is known not to be a pod");
+        cluster.apply("nodes.yaml", &nodes("10.244.1.0/24")).unwrap();
+        until(&format!("{mode}: who is not of the range is masqueraded"), LIMIT, || {
+            clients_of(&cluster, "client", "10.96.0.10:80").iter().all(|seen| of_node1(seen))
+        });
+        becomes("a pod of the range is itself", true);
+        cluster.apply("nodes.yaml", &nodes("10.245.1.0/24")).unwrap();
+        becomes("one outside of it is not", false);
+        // The Node is deleted, then made anew without a range yet.
+        cluster.apply("nodes.yaml", "").unwrap();
+        let healthz = ["-s", "http://127.0.0.1:10256/healthz"];
+        let healthz = || netns::output(cluster.lab.command("node1", "curl").args(healthz)).unwrap();
+        until(&format!("{mode}: the Node is gone"), LIMIT, || healthz().contains("\"nodeEligible\":false"));
+        assert!(!seen().contains(&pod_ip(1, 2)), "{mode}: what it said holds");
+        cluster.apply("nodes.yaml", &nodes("")).unwrap();
+        until(&format!("{mode}: the Node is back"), LIMIT, || healthz().contains("\"nodeEligible\":true"));
+        assert!(!seen().contains(&pod_ip(1, 2)), "{mode}: what it said holds, for it says nothing else");
+        cluster.apply("nodes.yaml", &nodes("10.244.1.0/24")).unwrap();
+        becomes("a pod of the range is itself again", true);
+    }
 }
 
 #[test]
 fn pods_are_told_by_their_bridge_and_by_their_devices() {
-    for (mode, fields) in [
-        ("iptables", "detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cni0}"),
-        ("nftables", "detectLocalMode: InterfaceNamePrefix\ndetectLocal: {interfaceNamePrefix: cn}"),
-    ] {
+    let forms = [
+        "detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cni0}",
+        "detectLocalMode: InterfaceNamePrefix\ndetectLocal: {interfaceNamePrefix: cn}",
+    ];
+    for (mode, fields) in netfilter_modes().iter().flat_map(|mode| forms.map(|fields| (mode, fields))) {
         let cluster = cluster(Cni::Bridge, &format!("mode: {mode}\n{fields}"));
-        let seen = |from: &str, target: &str| -> Vec<String> {
-            (0..16).map(|_| client_of(&cluster, from, target)).collect()
-        };
-        let of_pod = seen("pod12", "10.96.0.10:80");
-        assert!(of_pod.iter().all(|client| *client == pod_ip(1, 2)), "{mode}: {of_pod:?}");
+        let of_pod = clients_of(&cluster, "pod12", "10.96.0.10:80");
+        assert_eq!(of_pod, BTreeSet::from([pod_ip(1, 2)]), "{mode}: {fields}");
         // The node is none of its pods, and is masqueraded as whoever comes from outside.
         for (from, target) in
             [("node1", "10.96.0.10:80".to_owned()), ("client", format!("{}:30080", node_ip(1)))]
         {
-            let seen = seen(from, &target);
-            assert!(
-                seen.iter().all(|client| [node_ip(1), "10.244.1.1".into()].contains(client)),
-                "{mode}: {seen:?}"
-            );
+            let seen = clients_of(&cluster, from, &target);
+            assert!(seen.iter().all(|client| of_node1(client)), "{mode}: {fields}: {seen:?}");
         }
     }
 }

@@ -36,6 +36,8 @@ enum Command {
     },
     /// Format, clippy, tidy rules, unit and golden tests. Needs no root.
     Check,
+    /// Of check all but the tests: what goes before `test`.
+    Lint,
     /// Run tests: unit, packet (BPF_PROG_TEST_RUN), netns (real sockets) and vm (other kernels); all by default.
     Test {
         /// Which rings; all if none is named.
@@ -88,6 +90,10 @@ fn main() -> Result<()> {
         Command::Check => {
             setup::ensure()?;
             check::run()
+        }
+        Command::Lint => {
+            setup::ensure()?;
+            check::lint()
         }
         Command::Test { rings, no_vm } => {
             setup::ensure()?;

@@ -79,6 +79,13 @@ const IN_VM: [(&str, &[InVm]); 2] = [
                 ],
             ),
             (
+                "netns_config",
+                &[
+                    "pods_are_told_by_their_bridge_and_by_their_devices",
+                    "pods_are_told_by_their_nodes_ranges",
+                ],
+            ),
+            (
                 "netns_services",
                 &[
                     "every_path_with_bridged_pods",
@@ -93,7 +100,9 @@ const IN_VM: [(&str, &[InVm]); 2] = [
 ];
 
 /// Tests that take minutes and repeat much of what others there show: they run if the ring is named.
-const IN_VM_IF_NAMED: [&str; 17] = [
+const IN_VM_IF_NAMED: [&str; 19] = [
+    "pods_are_told_by_their_bridge_and_by_their_devices",
+    "pods_are_told_by_their_nodes_ranges",
     "every_path_with_bridged_pods",
     "every_path_with_routed_pods",
     "every_path_with_iptables",

@@ -329,7 +329,7 @@ fn given(words: Vec<OsString>) -> Vec<OsString> {
         match value {
             _ if text.is_empty() && MAY_BE_EMPTY.contains(&&*last_name) => given.push(word),
             _ if text.is_empty() && last_name.starts_with("--") && !last_name.contains('=') => {
-                drop(given.pop())
+                given.pop();
             }
             Some("") if !MAY_BE_EMPTY.contains(&&*name) => {}
             Some(value) => given.push(format!("{name}={value}").into()),

@@ -177,8 +177,10 @@ impl Compiler {
         let mut changes = Changes::default();
         self.news = WarningChanges::default();
         let dirty = std::mem::take(&mut self.dirty);
-        let all = std::mem::take(&mut self.all_dirty);
-        let all = (all || dirty.nodes.contains(&self.node.name)) && (self.take_node_facts() || all);
+        let mut all = std::mem::take(&mut self.all_dirty);
+        if all || dirty.nodes.contains(&self.node.name) {
+            all |= self.take_node_facts();
+        }
         let (names, addresses) = if all {
             let known = self.snapshot.services().map(|service| service.name.clone());
             let names = known.chain(self.resolved.keys().cloned()).collect();
