@@ -76,6 +76,13 @@ fn run(options: RunArgs, file: File, bpf_root: PathBuf, pins: &Pins) -> Result<(
     if !without_meaning.is_empty() {
         warn!(options = without_meaning, "have no meaning here; `lb-agent config check --all` says why");
     }
+    let ignored = options.not_looked_at().join(", ");
+    if !ignored.is_empty() {
+        warn!(
+            options = ignored,
+            "are not looked at beside --config, as in kube-proxy; write them into the file, or call the program lb-agent"
+        );
+    }
     let settings = config::settings(&configuration)?;
     match options.instead() {
         Some(Instead::Cleanup) => cleanup(&CleanupArgs::of_kube_proxy(), pins),

@@ -1,12 +1,12 @@
 //! The command line: what was typed, and what it means.
 
+mod kube_proxy;
 mod policy;
 mod run;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    ffi::OsString,
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -15,6 +15,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, builder::PossibleValue};
+pub use kube_proxy::command_line;
 pub use policy::{DetectLocalMode, LegacyExternalIp, PolicyArgs};
 pub use run::{Config, Instead, OnBackendGone, RunArgs, SourceConfig};
 
@@ -282,62 +283,6 @@ pub enum Output {
     Table,
     /// A JSON array.
     Json,
-}
-
-/// kube-proxy's command line as ours: a DaemonSet that says `kube-proxy --config=…` gets `run`.
-///
-/// As there, an option of `run` with an empty value is one that isn't given, and `_` in the name of an option is `-`.
-pub fn command_line(typed: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    let mut words: Vec<OsString> = typed.collect();
-    let name = words.first().and_then(|program| Path::new(program).file_name());
-    let is_option = words.get(1).is_none_or(|word| word.to_string_lossy().starts_with('-'));
-    if name.is_some_and(|name| name == "kube-proxy") && is_option {
-        if words.iter().any(|word| asks_for_version(&word.to_string_lossy())) {
-            words.truncate(1);
-            words.push("--version".into());
-            return words;
-        }
-        words.retain(|word| !word.to_string_lossy().starts_with("--version="));
-        words.splice(1..1, ["run", "--in-kube-proxys-place"].map(OsString::from));
-    }
-    match words.iter().any(|word| word == "run") {
-        true => given(words),
-        false => words,
-    }
-}
-
-/// kube-proxy: `--version`, `--version=raw`, and what Go takes for a boolean.
-fn asks_for_version(word: &str) -> bool {
-    let value = word.strip_prefix("--version").map(|rest| rest.strip_prefix('=').unwrap_or(rest));
-    value.is_some_and(|value| ["", "raw", "true", "True", "TRUE", "t", "T", "1"].contains(&value))
-}
-
-/// Options that mean something when their value is empty: nowhere.
-const MAY_BE_EMPTY: [&str; 2] = ["--healthz-bind-address", "--metrics-bind-address"];
-
-/// Leaves out options with an empty value, whether that is in the same word or the next.
-fn given(words: Vec<OsString>) -> Vec<OsString> {
-    let mut given: Vec<OsString> = Vec::with_capacity(words.len());
-    for word in words {
-        let Some(text) = word.to_str().filter(|text| text.starts_with("--") || text.is_empty()) else {
-            given.push(word);
-            continue;
-        };
-        let (name, value) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
-        let name = name.replace('_', "-");
-        let last_name = given.last().map(|last| last.to_string_lossy().into_owned()).unwrap_or_default();
-        match value {
-            _ if text.is_empty() && MAY_BE_EMPTY.contains(&&*last_name) => given.push(word),
-            _ if text.is_empty() && last_name.starts_with("--") && !last_name.contains('=') => {
-                given.pop();
-            }
-            Some("") if !MAY_BE_EMPTY.contains(&&*name) => {}
-            Some(value) => given.push(format!("{name}={value}").into()),
-            None if text.is_empty() => given.push(word),
-            None => given.push(name.into()),
-        }
-    }
-    given
 }
 
 /// The node's name in the cluster: the host name if not given, and in small letters as kubelet registers it.

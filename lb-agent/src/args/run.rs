@@ -192,6 +192,9 @@ struct KubeProxyArgs {
     /// The program was called kube-proxy: as that does with what its other modes left, what it left itself is removed.
     #[arg(long, hide = true)]
     in_kube_proxys_place: bool,
+    /// Options of kube-proxy that were typed and that it does not look at beside --config.
+    #[arg(long, hide = true, value_delimiter = ',')]
+    not_looked_at: Vec<String>,
     #[command(flatten)]
     without_meaning: WithoutMeaning,
 }
@@ -400,6 +403,11 @@ impl RunArgs {
     /// Options that were typed and do nothing.
     pub fn without_meaning(&self) -> Vec<&'static str> {
         self.kube_proxy.without_meaning.typed()
+    }
+
+    /// Options that were typed and that kube-proxy, in whose place this is, does not look at beside --config.
+    pub fn not_looked_at(&self) -> &[String] {
+        &self.kube_proxy.not_looked_at
     }
 
     /// A file with the options in it.

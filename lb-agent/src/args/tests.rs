@@ -1,5 +1,7 @@
 //! The command line, and what it means together with a configuration file.
 
+use std::ffi::OsString;
+
 use clap::CommandFactory;
 
 use super::*;
@@ -247,4 +249,40 @@ fn where_the_agent_chose_the_mode_it_does_without_resets() {
     assert_eq!(of(ModeChoice::Fixed(Mode::Iptables), Mode::Iptables), None);
     let kept = run::on_backend_gone(ModeChoice::Fixed(Mode::Iptables), Mode::Iptables, Keep);
     assert_eq!(kept.ok(), Some(Keep));
+}
+
+#[test]
+fn beside_a_file_kube_proxys_options_count_as_they_do_there() {
+    let typed = [
+        "--config=/etc/kube-proxy.yaml",
+        "--proxy-mode=iptables",
+        "--cluster-cidr",
+        "10.0.0.0/8",
+        "--profiling",
+        "--masquerade_all=true",
+        "--hostname-override=node-1",
+        "-v=4",
+        "--mode",
+        "ebpf",
+    ];
+    let options = run(&[&["kube-proxy"], &typed[..]].concat());
+    let ignored = ["--proxy-mode", "--cluster-cidr", "--profiling", "--masquerade-all"];
+    assert_eq!(options.not_looked_at(), ignored);
+    let configuration = options.configuration(&File::default());
+    assert_eq!((configuration.iptables.masquerade_all, configuration.cluster_cidr), (None, None));
+    assert_eq!(
+        (configuration.hostname_override.as_deref(), configuration.logging.verbosity),
+        (Some("node-1"), Some(4))
+    );
+    assert_eq!(configuration.lb.mode.as_deref(), Some("ebpf"), "options of ours count");
+    // Without a file they do, and so they do under our own name.
+    for words in [&[&["kube-proxy"], &typed[1..]].concat(), &[&["lb-agent", "run"], &typed[..]].concat()] {
+        let options = run(words);
+        assert!(options.not_looked_at().is_empty());
+        let configuration = options.configuration(&File::default());
+        assert_eq!(
+            (configuration.iptables.masquerade_all, configuration.cluster_cidr.as_deref()),
+            (Some(true), Some("10.0.0.0/8"))
+        );
+    }
 }
