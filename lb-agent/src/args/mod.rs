@@ -6,12 +6,7 @@ mod run;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    fs,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::LazyLock,
-};
+use std::{fs, net::SocketAddr, path::PathBuf, sync::LazyLock};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, builder::PossibleValue};

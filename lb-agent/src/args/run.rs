@@ -174,6 +174,10 @@ struct KubeProxyArgs {
     /// When IPVS forgets a UDP flow.
     #[arg(long, value_name = "DURATION")]
     ipvs_udp_timeout: Option<Period>,
+    /// Feature gates, as in A=true,B=false. AllowServiceExternalIPs=false takes externalIPs out of service; no other has a
+    /// meaning here.
+    #[arg(long, value_delimiter = ',', value_parser = feature_gate, value_name = "NAME=BOOL")]
+    feature_gates: Option<Vec<(String, bool)>>,
     /// Log level as a number: from 4 on debug messages, from 8 on all. --log says it by module.
     #[arg(short, long, value_name = "NUMBER")]
     v: Option<u32>,
@@ -207,8 +211,6 @@ struct WithoutMeaning {
     #[arg(long, hide = true)]
     config_sync_period: Option<String>,
     #[arg(long, hide = true)]
-    feature_gates: Option<String>,
-    #[arg(long, hide = true)]
     ipvs_exclude_cidrs: Option<String>,
     #[arg(long, hide = true)]
     kube_api_burst: Option<String>,
@@ -239,7 +241,6 @@ impl WithoutMeaning {
         let all = [
             ("--bind-address-hard-fail", self.bind_address_hard_fail.is_some()),
             ("--config-sync-period", self.config_sync_period.is_some()),
-            ("--feature-gates", self.feature_gates.is_some()),
             ("--ipvs-exclude-cidrs", self.ipvs_exclude_cidrs.is_some()),
             ("--kube-api-burst", self.kube_api_burst.is_some()),
             ("--kube-api-content-type", self.kube_api_content_type.is_some()),
@@ -277,8 +278,22 @@ impl KubeProxyArgs {
         put(&mut to.ipvs.tcp_timeout, self.ipvs_tcp_timeout);
         put(&mut to.ipvs.tcp_fin_timeout, self.ipvs_tcpfin_timeout);
         put(&mut to.ipvs.udp_timeout, self.ipvs_udp_timeout);
+        if let Some(gates) = &self.feature_gates {
+            to.feature_gates.get_or_insert_default().extend(gates.iter().cloned());
+        }
         put(&mut to.logging.verbosity, self.v);
         put(&mut to.logging.format, self.logging_format.clone());
+    }
+}
+
+fn feature_gate(text: &str) -> Result<(String, bool), String> {
+    let (name, value) =
+        text.split_once('=').ok_or_else(|| format!("{text:?} is not NAME=true or NAME=false"))?;
+    let value = value.trim().to_lowercase();
+    match value.as_str() {
+        "true" | "t" | "1" => Ok((name.trim().to_owned(), true)),
+        "false" | "f" | "0" => Ok((name.trim().to_owned(), false)),
+        _ => Err(format!("{value:?} is neither true nor false")),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The command line, and what it means together with a configuration file.
 
-use std::ffi::OsString;
+use std::{ffi::OsString, path::Path};
 
 use clap::CommandFactory;
 
@@ -63,15 +63,15 @@ fn kube_proxys_command_line_is_understood() {
         "--conntrack-max-per-core=0",
         "--conntrack-tcp-timeout-established=2h22m",
         "--nodeport-addresses=primary,10.0.0.0/8",
-        "--feature-gates=A=true",
+        "--feature-gates=A=true,AllowServiceExternalIPs=false",
         "--profiling",
         "-v=5",
         "--master=https://192.0.2.1:6443",
     ]);
-    assert_eq!(options.without_meaning(), ["--feature-gates", "--profiling"]);
+    assert_eq!(options.without_meaning(), ["--profiling"]);
     let config = options.resolve(&File::default(), Path::new("/sys/fs/bpf/lb")).unwrap();
     assert_eq!((config.mode, &*config.node_name), (Mode::Iptables, "node-1"));
-    assert_eq!(config.compile.node_port_addresses.len(), 2);
+    assert_eq!((config.compile.node_port_addresses.len(), config.compile.external_ips), (2, false));
     // Whoever called it that has no use for what kube-proxy left, unless they say so.
     assert!(
         config.replace_kube_proxy

@@ -23,7 +23,11 @@ const AT_ONCE: Here = Nothing("changes are watched; what others took away is loo
 
 /// All fields, in kube-proxy's order, then ours. Whatever lies below one of them belongs to it.
 pub const FIELDS: &[(&str, Here)] = &[
-    ("featureGates", Nothing("what they would switch on is always on, or not there")),
+    (
+        "featureGates.AllowServiceExternalIPs",
+        Does("externalIPs of Services are served; true if not given, as in Kubernetes 1.36"),
+    ),
+    ("featureGates", Nothing("what other gates would switch on is always on, or not there")),
     ("clientConnection.kubeconfig", Does("the API server and the credentials for it")),
     ("clientConnection.acceptContentTypes", Nothing("JSON is asked for")),
     ("clientConnection.contentType", Nothing("JSON is sent")),
@@ -159,25 +163,27 @@ pub fn given(document: &Value) -> Vec<(String, Value, Option<Here>)> {
 }
 
 fn collect(path: &str, value: &Value, given: &mut Vec<(String, Value, Option<Here>)>) {
-    if let Some((_, here)) = FIELDS.iter().find(|(field, _)| *field == path) {
-        if !is_unset(path, value) {
-            given.push((path.to_owned(), value.clone(), Some(*here)));
-        }
-        return;
-    }
     let section = format!("{path}.");
+    let is_section = path.is_empty() || FIELDS.iter().any(|(field, _)| field.starts_with(&section));
     match value {
-        Value::Object(fields)
-            if path.is_empty() || FIELDS.iter().any(|(field, _)| field.starts_with(&section)) =>
-        {
+        Value::Object(fields) if is_section => {
             for (name, value) in fields.iter().filter(|(name, _)| !(path.is_empty() && is_of_type(name))) {
                 let path = if path.is_empty() { name.clone() } else { format!("{section}{name}") };
                 collect(&path, value, given);
             }
         }
-        Value::Null => {}
-        _ => given.push((path.to_owned(), value.clone(), None)),
+        _ => {
+            let here = known(path).or_else(|| known(path.rsplit_once('.')?.0));
+            let asks = if here.is_some() { !is_unset(path, value) } else { !value.is_null() };
+            if asks {
+                given.push((path.to_owned(), value.clone(), here));
+            }
+        }
     }
+}
+
+fn known(path: &str) -> Option<Here> {
+    FIELDS.iter().find(|(field, _)| *field == path).map(|(_, here)| *here)
 }
 
 fn is_of_type(name: &str) -> bool {
@@ -213,7 +219,7 @@ mod tests {
     fn sample(path: &str) -> Value {
         let name = path.rsplit('.').next().unwrap_or_default();
         match name {
-            "featureGates" => json!({ "SomeGate": true }),
+            "AllowServiceExternalIPs" => json!(false),
             "options" => json!({ "json": { "infoBufferSize": "0" } }),
             "nodePortAddresses" | "excludeCIDRs" | "devices" | "podDevices" => json!(["10.0.0.0/8"]),
             "flushFrequency" => json!(5_000_000_000u64),
@@ -253,11 +259,15 @@ mod tests {
     #[test]
     fn every_field_is_known_to_both_sides() {
         let mut document = json!({});
-        FIELDS.iter().for_each(|(path, _)| set(&mut document, path, sample(path)));
+        FIELDS.iter().filter(|(path, _)| *path != "featureGates").for_each(|(path, _)| {
+            set(&mut document, path, sample(path));
+        });
+        document["featureGates"]["SomeGate"] = json!(true);
         let read: KubeProxyConfiguration = serde_json::from_value(document.clone()).expect("a configuration");
         let kept = given(&serde_json::to_value(&read).expect("JSON"));
         let kept: Vec<&str> = kept.iter().map(|(path, ..)| path.as_str()).collect();
-        let all: Vec<&str> = FIELDS.iter().map(|(path, _)| *path).collect();
+        let gate = |path| if path == "featureGates" { "featureGates.SomeGate" } else { path };
+        let all: Vec<&str> = FIELDS.iter().map(|(path, _)| gate(*path)).collect();
         assert_eq!(kept, all);
         assert!(given(&document).iter().all(|(_, _, here)| here.is_some()));
     }

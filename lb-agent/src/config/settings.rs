@@ -97,6 +97,7 @@ pub struct Settings {
     pub replace_kube_proxy: bool,
     /// What becomes of connections to backends that are gone.
     pub on_backend_gone: OnBackendGone,
+    external_ips: bool,
     node_ip: Option<IpAddr>,
     /// `None`: as the mode has it.
     node_port_addresses: Option<Vec<NodePortAddress>>,
@@ -112,6 +113,8 @@ pub struct Settings {
 /// Ours: a write costs microseconds, and what changes while one goes on is written together.
 const MIN_SYNC_PERIOD: Duration = Duration::from_millis(5);
 const SYNC_PERIOD: Duration = Duration::from_secs(30);
+/// On in Kubernetes 1.36, where it is new; KEP-5707 turns it off later.
+const EXTERNAL_IPS: &str = "AllowServiceExternalIPs";
 /// kube-proxy `--oom-score-adj`.
 const OOM_SCORE_ADJ: i32 = -999;
 const HEALTHZ_PORT: u16 = 10256;
@@ -182,6 +185,11 @@ impl Settings {
             on_backend_gone: p
                 .choice("lb.onBackendGone", &file.lb.on_backend_gone)
                 .unwrap_or(OnBackendGone::Keep),
+            external_ips: file
+                .feature_gates
+                .as_ref()
+                .and_then(|gates| gates.get(EXTERNAL_IPS).copied())
+                .unwrap_or(true),
             node_ip: bind.filter(|addr| !addr.is_unspecified() && !addr.is_loopback()),
             node_port_addresses: p.node_port_addresses(&file.node_port_addresses),
             localhost_node_ports: file.iptables.localhost_node_ports.unwrap_or(true),
@@ -252,6 +260,7 @@ impl Settings {
             node_ip: self.node_ip,
             localhost_node_ports: self.localhost_node_ports,
             masquerade_all: self.of_mode(mode).masquerade_all,
+            external_ips: self.external_ips,
             sctp: mode.carries_sctp(),
         }
     }

@@ -56,6 +56,18 @@ fn kubeadms_file_is_used_as_it_is() {
 }
 
 #[test]
+fn external_ips_have_a_feature_gate() {
+    for (fields, served, without_effect) in [
+        ("mode: ebpf", true, &[][..]),
+        ("featureGates: {AllowServiceExternalIPs: true}", true, &[]),
+        ("featureGates: {AllowServiceExternalIPs: false, SomeGate: true}", false, &["featureGates.SomeGate"]),
+    ] {
+        assert_eq!(meaning(fields).compile(Mode::Ebpf).external_ips, served, "{fields}");
+        assert_eq!(file(fields).without_effect().0, without_effect, "{fields}");
+    }
+}
+
+#[test]
 fn each_field_means_what_it_means_to_kube_proxy() {
     let settings = meaning(
         "mode: ipvs\nlb: {mode: ebpf, minSyncPeriod: 20ms}\nbindAddress: 2001:db8::1\nhostnameOverride: ' Node-1 '\n\

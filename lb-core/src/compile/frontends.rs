@@ -54,7 +54,7 @@ pub(super) fn resolve(
 ) -> Resolved {
     let mut resolved =
         Resolved { health_check: health_check(service, slices, node, config), ..Resolved::default() };
-    let vips = vips(service, &mut resolved.warnings);
+    let vips = vips(service, config, &mut resolved.warnings);
     let node_ports = config.node_port_addresses(node);
     for (index, port) in service.ports.iter().enumerate() {
         if port.protocol == Protocol::Sctp && !config.sctp {
@@ -186,13 +186,22 @@ fn has_family(service: &Service, family: Family) -> bool {
 
 /// The Service's addresses, cluster IPs first, then load-balancer IPs, then external IPs, without those that no
 /// client could mean.
-fn vips(service: &Service, warnings: &mut Vec<Warning>) -> Vec<(IpAddr, FrontendKind)> {
+fn vips(
+    service: &Service,
+    config: &CompileConfig,
+    warnings: &mut Vec<Warning>,
+) -> Vec<(IpAddr, FrontendKind)> {
+    let external_ips = if config.external_ips { &service.external_ips[..] } else { &[] };
+    if external_ips.len() < service.external_ips.len() {
+        let problem = "not served: the feature gate AllowServiceExternalIPs is off";
+        warnings.push(warning(service, "spec.externalIPs".into(), problem.into()));
+    }
     let mut seen = BTreeSet::new();
     let mut vips = Vec::new();
     for (addrs, kind, field) in [
-        (&service.cluster_ips, FrontendKind::ClusterIp, "spec.clusterIPs"),
+        (&service.cluster_ips[..], FrontendKind::ClusterIp, "spec.clusterIPs"),
         (&service.load_balancer_ips, FrontendKind::LoadBalancer, "status.loadBalancer.ingress"),
-        (&service.external_ips, FrontendKind::ExternalIp, "spec.externalIPs"),
+        (external_ips, FrontendKind::ExternalIp, "spec.externalIPs"),
     ] {
         for addr in addrs {
             match unusable(*addr) {

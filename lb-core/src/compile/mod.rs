@@ -42,6 +42,8 @@ pub struct CompileConfig {
     pub localhost_node_ports: bool,
     /// Masquerade all traffic to services.
     pub masquerade_all: bool,
+    /// Serve `spec.externalIPs` (Kubernetes' feature gate `AllowServiceExternalIPs`).
+    pub external_ips: bool,
     /// The datapath can carry SCTP; else its service ports are left out, with a warning.
     pub sctp: bool,
 }
@@ -53,6 +55,7 @@ impl Default for CompileConfig {
             node_ip: None,
             localhost_node_ports: true,
             masquerade_all: false,
+            external_ips: true,
             sctp: false,
         }
     }

@@ -201,6 +201,22 @@ fn addresses_nobody_can_mean_are_named() {
 }
 
 #[test]
+fn external_ips_are_served_if_their_feature_gate_lets_them() {
+    let mut web = service("web", "10.96.0.1");
+    web.external_ips = vec![ip("198.51.100.1")];
+    web.load_balancer_ips = vec![ip("198.51.100.2")];
+    let mut snapshot = ClusterSnapshot::default();
+    snapshot.apply(Event::Service(web));
+    let config = CompileConfig { external_ips: false, ..CompileConfig::default() };
+    let Compiled { table, warnings } = compile(&snapshot, &node_view(), &config);
+    let served: Vec<IpAddr> = table.frontends.keys().map(|frontend| frontend.addr).collect();
+    assert_eq!(served, [ip("10.96.0.1"), ip("198.51.100.2")]);
+    let told: Vec<String> = warnings.iter().map(ToString::to_string).collect();
+    let gate = "not served: the feature gate AllowServiceExternalIPs is off";
+    assert_eq!(told, [format!("Service default/web: spec.externalIPs: {gate}")]);
+}
+
+#[test]
 fn source_ranges_restrict_load_balancer_addresses_alone() {
     let mut web = service("web", "10.96.0.1");
     web.load_balancer_ips = vec![ip("198.51.100.1")];

@@ -55,22 +55,22 @@ impl Oracle<'_> {
     /// A port that no Service has, of an address that one does. eBPF and IPVS refuse it unless a node has the address;
     /// nftables refuses it at ClusterIPs; iptables knows nothing of it.
     pub(super) fn refuses_unknown_port(&self, flow: &Flow) -> bool {
-        let is = |addrs: fn(&Service) -> Vec<IpAddr>| {
+        let is = |addrs: &dyn Fn(&Service) -> Vec<IpAddr>| {
             let serves = |service: &Service| service.ports.iter().any(|port| self.carries(port.protocol));
             let mut all =
                 self.cluster.services().filter(|service| served(service, flow.dst) && serves(service));
             all.any(|service| addrs(service).contains(&flow.dst)) && is_dialable(flow.dst)
         };
         let any_vip = || {
-            is(|service| {
-                [&service.cluster_ips[..], &service.external_ips, &service.load_balancer_ips].concat()
+            is(&|service| {
+                [&service.cluster_ips[..], self.external_ips(service), &service.load_balancer_ips].concat()
             })
         };
         match self.dialect {
             Dialect::Ebpf | Dialect::Ipvs => {
                 any_vip() && !self.is_a_nodes(flow.dst) && self.carries(flow.protocol)
             }
-            Dialect::Nftables => is(|service| service.cluster_ips.clone()) && !self.is_own(flow.dst),
+            Dialect::Nftables => is(&|service| service.cluster_ips.clone()) && !self.is_own(flow.dst),
             Dialect::Iptables => false,
         }
     }
@@ -130,7 +130,7 @@ impl Oracle<'_> {
     pub(super) fn falls_back_to_cluster(&self, flow: &Flow, dialled: &Dialled<'_>) -> bool {
         let Dialled { service, port, .. } = dialled;
         let of_family = |addr: &IpAddr| Family::of(*addr) == Family::of(flow.dst);
-        let external = service.external_ips.iter().chain(&service.load_balancer_ips);
+        let external = self.external_ips(service).iter().chain(&service.load_balancer_ips);
         let from_outside =
             port.node_port != 0 || external.copied().any(|addr| of_family(&addr) && is_dialable(addr));
         self.dialect == Dialect::Ipvs && (service.internal_policy == TrafficPolicy::Cluster || from_outside)

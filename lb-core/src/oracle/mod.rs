@@ -28,6 +28,8 @@ pub struct Policy {
     pub localhost_node_ports: bool,
     /// Masquerade all traffic to ClusterIPs.
     pub masquerade_all: bool,
+    /// Serve `spec.externalIPs`.
+    pub external_ips: bool,
     /// How netfilter tells pods.
     pub pods: LocalDetector,
 }
@@ -38,6 +40,7 @@ impl Default for Policy {
             node_port_addresses: Vec::new(),
             localhost_node_ports: true,
             masquerade_all: false,
+            external_ips: true,
             pods: LocalDetector::NONE,
         }
     }
@@ -124,7 +127,7 @@ impl Oracle<'_> {
             }
             by(&service.cluster_ips, Via::ClusterIp)
                 .or_else(|| by(&service.load_balancer_ips, Via::LoadBalancer))
-                .or_else(|| by(&service.external_ips, Via::ExternalIp))
+                .or_else(|| by(self.external_ips(service), Via::ExternalIp))
                 .filter(|_| is_dialable(flow.dst))
                 .or_else(by_node_port)
         })
@@ -232,6 +235,10 @@ impl Oracle<'_> {
                 Some(matches!(flow.origin, Origin::Pod | Origin::PodSocket))
             }
         }
+    }
+
+    fn external_ips<'a>(&self, service: &'a Service) -> &'a [IpAddr] {
+        if self.policy.external_ips { &service.external_ips } else { &[] }
     }
 
     /// The first address of its family in the Node object.

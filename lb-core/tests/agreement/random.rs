@@ -130,6 +130,7 @@ impl Scene {
             localhost_node_ports: self.policy.localhost_node_ports,
             node_ip: None,
             masquerade_all: self.policy.masquerade_all,
+            external_ips: self.policy.external_ips,
             sctp: dialect != Dialect::Ebpf,
         }
     }
@@ -215,6 +216,7 @@ fn policy(random: &mut Random) -> Policy {
             .collect(),
         localhost_node_ports: !random.once_in(4),
         masquerade_all: random.once_in(4),
+        external_ips: !random.once_in(8),
         pods: match random.below(6) {
             0 => LocalDetector::Bridge("cni0".into()),
             1 => LocalDetector::DevicePrefix("veth".into()),
