@@ -120,3 +120,13 @@ fn policies() {
 fn odd_objects() {
     expect_file!["golden/odd-objects/table.txt"].assert_eq(&table("odd-objects"));
 }
+
+/// All traffic to ClusterIPs is masqueraded, whatever the policy.
+#[test]
+fn masquerade_all() {
+    for mode in ["ebpf", "iptables", "nftables", "ipvs"] {
+        let options = ["--masquerade-all", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"];
+        let rules = render(mode, "policies", &options);
+        expect_file![format!("golden/policies/masquerade-all-{mode}.txt")].assert_eq(&rules);
+    }
+}

@@ -1,6 +1,7 @@
 //! `test`: runs the rings and adds up what they say.
 
 use std::{
+    fs,
     io::{BufRead, BufReader},
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -187,19 +188,10 @@ pub fn run(rings: &[Ring], vm: bool) -> Result<()> {
             }
             Ring::Netns => {
                 cargo_test(&["build", "-p", "lb-agent", "-p", "lb-test", "--bins"], &mut Sum::default())?;
-                cargo_test(
-                    &[
-                        "test",
-                        "--no-fail-fast",
-                        "-p",
-                        "lb-test",
-                        "--test",
-                        "netns_*",
-                        "--",
-                        "--test-threads=1",
-                    ],
-                    &mut sum,
-                )?;
+                for (test, threads) in netns_tests()? {
+                    let threads = format!("--test-threads={threads}");
+                    cargo_test(&["test", "-p", "lb-test", "--test", &test, "--", &threads], &mut sum)?;
+                }
             }
             Ring::Vm => match vm::obstacle() {
                 _ if !vm => skip("vm: left out by --no-vm", &mut sum),
@@ -214,6 +206,20 @@ pub fn run(rings: &[Ring], vm: bool) -> Result<()> {
         bail!("{} tests failed", sum.failed);
     }
     Ok(())
+}
+
+/// Binaries of the ring netns, and how many of their tests run at once. They wait more than they work, those that wait
+/// for an API server most of all.
+fn netns_tests() -> Result<Vec<(String, u32)>> {
+    let mut tests = Vec::new();
+    for entry in fs::read_dir("lb-test/tests").context("read lb-test/tests")? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if let Some(test) = name.strip_suffix(".rs").filter(|test| test.starts_with("netns_")) {
+            tests.push((test.to_owned(), if test.starts_with("netns_api") { 4 } else { 2 }));
+        }
+    }
+    tests.sort();
+    Ok(tests)
 }
 
 /// Runs `cargo test`, shows what it prints, and counts. A failing test is counted; a build that fails is an error.
