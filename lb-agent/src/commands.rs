@@ -155,8 +155,12 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
             }
         );
     }
+    let counters = match successor {
+        Some(Serves::Xtables) => Vec::new(),
+        _ => iptables::counters::existing(),
+    };
     if options.dry_run {
-        return print_removals(pins, &removals, &tables, &servers);
+        return print_removals(pins, &removals, &counters, &tables, &servers);
     }
     for family in tables {
         nftables::remove(family)?;
@@ -166,6 +170,9 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
     for (programs, removal) in &removals {
         programs.restore(&removal.to_string())?;
     }
+    if !counters.is_empty() {
+        iptables::counters::remove_unused();
+    }
     ipvs::remove(&servers)?;
     Ok(attach::remove_all(pins)?)
 }
@@ -174,6 +181,7 @@ fn cleanup(options: &CleanupArgs, pins: &Pins) -> Result<()> {
 fn print_removals(
     pins: &Pins,
     removals: &[(Programs, Transaction)],
+    counters: &[&str],
     tables: &[Family],
     servers: &[rules::ipvs::Transaction],
 ) -> Result<()> {
@@ -182,6 +190,10 @@ fn print_removals(
     }
     for (programs, removal) in removals {
         println!("{}-restore --noflush:\n{removal}", programs.name());
+    }
+    if !counters.is_empty() {
+        println!("# nfacct, unless other rules use them");
+        counters.iter().for_each(|counter| println!("delete {counter}"));
     }
     for programs in iptables::keepers() {
         println!("{}-restore --noflush:\n{}", programs.name(), iptables::keeper_removal());

@@ -10,6 +10,7 @@ pub mod datapath;
 pub mod drift;
 pub mod kube_proxy;
 pub mod netlink;
+pub mod nfacct;
 pub mod nfnetlink;
 pub mod nlmsg;
 pub mod print;

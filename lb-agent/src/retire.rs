@@ -100,7 +100,10 @@ impl Retire {
         match mode {
             Mode::Ebpf => self.leave_ebpf(table),
             // Both modes write all of these chains anew when they start.
-            Mode::Iptables if self.mode == Mode::Ipvs => Ok(0),
+            Mode::Iptables if self.mode == Mode::Ipvs => {
+                iptables::counters::remove_unused();
+                Ok(0)
+            }
             Mode::Iptables => self.leave_iptables(),
             Mode::Nftables => {
                 for family in nftables::removals(self.kube_proxy) {
@@ -114,12 +117,16 @@ impl Retire {
     }
 
     fn leave_iptables(&self) -> Result<u64> {
-        for (programs, removal) in iptables::removals(self.kube_proxy)? {
+        let removals = iptables::removals(self.kube_proxy)?;
+        for (programs, removal) in &removals {
             info!(program = programs.name(), "the iptables rules are removed: this mode serves instead");
             if nftables::keep(programs.family).is_err() {
-                iptables::keep(programs)?;
+                iptables::keep(*programs)?;
             }
             programs.restore(&removal.to_string())?;
+        }
+        if !removals.is_empty() {
+            iptables::counters::remove_unused();
         }
         Ok(0)
     }

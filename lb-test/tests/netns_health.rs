@@ -514,11 +514,13 @@ const OF_ALL: [(&str, &str, &[&str]); 16] = [
     ("kubeproxy_conntrack_reconciler_deleted_entries_total", "counter", &["ip_family"]),
     ("process_start_time_seconds", "gauge", &[]),
 ];
-const OF_IPTABLES: [(&str, &str, &[&str]); 4] = [
+const OF_IPTABLES: [(&str, &str, &[&str]); 6] = [
     ("kubeproxy_sync_proxy_rules_iptables_total", "gauge", &["ip_family", "table"]),
     ("kubeproxy_sync_proxy_rules_iptables_last", "gauge", &["ip_family", "table"]),
     ("kubeproxy_sync_proxy_rules_iptables_restore_failures_total", "counter", &["ip_family"]),
     ("kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total", "counter", &["ip_family"]),
+    ("kubeproxy_iptables_ct_state_invalid_dropped_packets_total", "counter", &[]),
+    ("kubeproxy_iptables_localhost_nodeports_accepted_packets_total", "counter", &[]),
 ];
 /// kube-proxy counts its rules in mode iptables only.
 const OF_IPVS: [(&str, &str, &[&str]); 1] = [OF_IPTABLES[2]];

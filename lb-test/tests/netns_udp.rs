@@ -298,8 +298,11 @@ fn the_invalid_conntrack_state_bug_would_do_harm() {
     apply(&cluster, "", &[(2, 2, READY)], 8080);
     until(|| cluster.tcp("pod11", None, CLUSTER_IP).unwrap().id.is_some());
     for node in ["node1", "node2"] {
-        let rule = "-D KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP";
-        netns::run(cluster.lab.command(node, "iptables").args(rule.split(' '))).unwrap();
+        let iptables = |words: &str| {
+            netns::output(cluster.lab.command(node, "iptables").args(words.split(' '))).unwrap()
+        };
+        assert!(iptables("-S KUBE-FORWARD 1").contains("--ctstate INVALID"));
+        iptables("-D KUBE-FORWARD 1");
     }
     let mut talk = Talk::tcp(&cluster, ("pod11", None), CLUSTER_IP, &["--stray-segment"]).unwrap();
     talk.until_answered_by("pod22").unwrap();

@@ -60,7 +60,10 @@ pub const FIELDS: &[(&str, Here)] = &[
         "iptables.masqueradeAll",
         Does("all traffic to services is masqueraded, in ebpf, iptables and ipvs modes"),
     ),
-    ("iptables.localhostNodePorts", Does("NodePorts answer on 127.0.0.1, in ebpf and iptables modes")),
+    (
+        "iptables.localhostNodePorts",
+        Does("NodePorts answer on 127.0.0.1, in ebpf and iptables modes; iptables counts such connections"),
+    ),
     (
         "iptables.snatNodeInternalIP",
         Nothing("MASQUERADE takes the address of the way out; ebpf takes the node's main one"),

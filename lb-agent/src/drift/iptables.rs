@@ -28,7 +28,11 @@ pub struct IptablesDrift {
 impl IptablesDrift {
     /// Finds the programs that the machine's rules are in.
     pub fn open(config: &Config, scratch: Scratch) -> Result<Self> {
-        Ok(Self { datapath: IptablesDatapath::find(config.clone())?, scratch })
+        let mut datapath = IptablesDatapath::find(config.clone())?;
+        scratch
+            .within(|| datapath.count())
+            .context("enter the network namespace of the rules to compare with")?;
+        Ok(Self { datapath, scratch })
     }
 
     /// The families that have rules here.

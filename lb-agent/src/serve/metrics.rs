@@ -1,7 +1,8 @@
 //! `/metrics`: kube-proxy 1.36's numbers under its names (`pkg/proxy/metrics/metrics.go`), and ours (`lb_*`).
 //!
-//! Each family and code is there from the start: what never happened is 0, not missing. There is no
-//! `kubernetes_build_info`: alerts on mixed versions of a cluster would take ours for one of Kubernetes.
+//! Each family and code is there from the start: what never happened is 0, not missing; missing are packets that the
+//! kernel can't count in iptables mode. There is no `kubernetes_build_info`: alerts on mixed versions of a cluster would take
+//! ours for one of Kubernetes.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -10,6 +11,7 @@ use std::{
 
 use lb_core::{
     model::Family,
+    rules::names,
     table::{ServiceTable, Traffic},
 };
 use prometheus::{
@@ -24,6 +26,7 @@ use crate::{
         ApplyReport, DatapathError, RuleCount,
         ebpf::maps::{self, Pins},
     },
+    nfacct::Counters,
     retire::Left,
     source::calls::Calls,
 };
@@ -54,6 +57,8 @@ pub(super) struct Metrics {
     partial_restore_failures: ByFamily<IntCounter>,
     iptables_rules: IntGaugeVec,
     iptables_written: IntGaugeVec,
+    /// By the names of nfacct's counters.
+    iptables_packets: [(&'static str, IntCounterVec); 2],
     nftables_failures: ByFamily<IntCounter>,
     nftables_cleanup_failures: ByFamily<IntCounter>,
     ours: Ours,
@@ -251,6 +256,21 @@ impl Default for Metrics {
                 ),
                 &BY_TABLE,
             )),
+            iptables_packets: [
+                (
+                    names::INVALID_DROPPED,
+                    "kubeproxy_iptables_ct_state_invalid_dropped_packets_total",
+                    "packets dropped by iptables to work around conntrack problems",
+                ),
+                (
+                    names::LOCALHOST_ACCEPTED,
+                    "kubeproxy_iptables_localhost_nodeports_accepted_packets_total",
+                    "Number of packets accepted on nodeports of loopback interface",
+                ),
+            ]
+            .map(|(counter, name, help)| {
+                (counter, iptables.put(IntCounterVec::new(Opts::new(name, alpha(help)), &[])))
+            }),
             nftables_failures: nftables.counters(
                 "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
                 "Cumulative proxy nftables sync failures",
@@ -416,6 +436,9 @@ impl Metrics {
     pub(super) fn text(&self, mode: Mode, pins: &Pins) -> String {
         let _one = self.answering.lock().unwrap_or_else(PoisonError::into_inner);
         self.count_packets(pins);
+        if mode == Mode::Iptables {
+            self.count_packets_of_rules();
+        }
         let mut families = self.all.gather();
         families.extend(match mode {
             Mode::Ebpf => Vec::new(),
@@ -434,6 +457,18 @@ impl Metrics {
         self.ours.packets.reset();
         for (hook, outcome, count) in maps::metrics(pins).unwrap_or_default() {
             self.ours.packets.with_label_values(&[hook.as_str(), outcome.as_str()]).inc_by(count);
+        }
+    }
+
+    /// The kernel counts; where it can't, there is no number, as in kube-proxy.
+    fn count_packets_of_rules(&self) {
+        let mut counters = Counters::open().ok();
+        for (counter, metric) in &self.iptables_packets {
+            metric.reset();
+            let packets = counters.as_mut().and_then(|counters| counters.packets(counter).ok().flatten());
+            if let Some(packets) = packets {
+                metric.with_label_values::<&str>(&[]).inc_by(packets);
+            }
         }
     }
 }

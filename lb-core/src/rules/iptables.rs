@@ -38,6 +38,8 @@ pub struct Config {
     pub random_fully: bool,
     /// Drop what conntrack calls INVALID; not needed with `nf_conntrack_tcp_be_liberal`.
     pub drop_invalid: bool,
+    /// Count what kube-proxy counts ([`names::COUNTERS`]): the counters are there, and kernel and iptables know nfacct.
+    pub accounting: bool,
     /// Capture externalIPs as kube-proxy 1.20 did: not from this node's bridged pods and own processes, unless the
     /// address is this node's.
     pub legacy_external_ip: bool,
@@ -65,6 +67,7 @@ impl Default for Config {
             masquerade_mark: 1 << 14,
             random_fully: true,
             drop_invalid: true,
+            accounting: false,
             legacy_external_ip: false,
             translation: Translation::Rules,
         }
@@ -298,9 +301,15 @@ impl Port<'_> {
         };
         let port = [Match::Protocol(addr.protocol), Match::DstPort(addr.port)];
         if self.has_endpoints {
-            let matches = [&[Match::Comment(self.name.clone())][..], &port].concat();
-            let target = Target::Jump(self.chains.external.clone());
-            rules.share(Table::Nat, names::NODE_PORTS, matches, target);
+            let comment = Match::Comment(self.name.clone());
+            let target = || Target::Jump(self.chains.external.clone());
+            if self.config.accounting && self.config.localhost_node_ports && self.id.family == Family::V4 {
+                let [protocol, number] = port.clone();
+                let counted = Match::Counted(names::LOCALHOST_ACCEPTED);
+                let matches = vec![comment.clone(), protocol, Match::Dst(loopback()), number, counted];
+                rules.share(Table::Nat, names::NODE_PORTS, matches, target());
+            }
+            rules.share(Table::Nat, names::NODE_PORTS, [&[comment][..], &port].concat(), target());
         }
         if !self.has_external_endpoints() {
             let (comment, target) = self.refusal();
@@ -437,7 +446,9 @@ pub fn base(table: &ServiceTable, family: Family, config: &Config) -> BTreeMap<C
     }
     let mut forward = Vec::new();
     if config.drop_invalid {
-        forward.push(rule(vec![Match::CtState("INVALID")], Target::Drop));
+        let counted = config.accounting.then_some(Match::Counted(names::INVALID_DROPPED));
+        let matches = [Match::CtState("INVALID")].into_iter().chain(counted).collect();
+        forward.push(rule(matches, Target::Drop));
     }
     forward.push(rule(vec![comment("kubernetes forwarding rules"), Match::Mark(mark, mark)], Target::Accept));
     forward.push(rule(
@@ -446,11 +457,10 @@ pub fn base(table: &ServiceTable, family: Family, config: &Config) -> BTreeMap<C
     ));
     chain(Table::Filter, names::FORWARD, forward);
     if family == Family::V4 {
-        let loopback = Net::Range("127.0.0.0/8".parse().expect("a network"));
         let martian = vec![
             comment("block incoming localnet connections"),
-            Match::Dst(loopback),
-            Match::NotSrc(loopback),
+            Match::Dst(loopback()),
+            Match::NotSrc(loopback()),
             Match::NotCtState("RELATED,ESTABLISHED,DNAT"),
         ];
         chain(Table::Filter, names::KUBELET_FIREWALL, vec![rule(martian, Target::Drop)]);
@@ -498,11 +508,16 @@ fn to_node_ports(table: &ServiceTable, family: Family, config: &Config) -> Vec<R
     match family {
         Family::V6 => matches.push(Match::NotDst(Net::Range("::1/128".parse().expect("a network")))),
         Family::V4 if !config.localhost_node_ports => {
-            matches.push(Match::NotDst(Net::Range("127.0.0.0/8".parse().expect("a network"))));
+            matches.push(Match::NotDst(loopback()));
         }
         Family::V4 => {}
     }
     vec![rule(matches)]
+}
+
+/// IPv4's addresses of a node's own.
+fn loopback() -> Net {
+    Net::Range("127.0.0.0/8".parse().expect("a network"))
 }
 
 /// The sender is a pod; `None` if pods are not told apart.

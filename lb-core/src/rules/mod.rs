@@ -76,6 +76,8 @@ pub enum Match {
     RememberSource(Arc<str>),
     /// Parts of the packet are an element of this ipset: set, parts.
     InSet(Arc<str>, &'static str),
+    /// Holds always, and counts the packet in this counter of nfacct, which has to be there.
+    Counted(&'static str),
     /// IPVS took the packet for this virtual server.
     VirtualServer(FrontendAddr),
 }
@@ -157,6 +159,7 @@ impl fmt::Display for Match {
             }
             Self::RememberSource(list) => write!(f, "-m recent --name {list} --set"),
             Self::InSet(set, parts) => write!(f, "-m set --match-set {set} {parts}"),
+            Self::Counted(counter) => write!(f, "-m nfacct --nfacct-name {counter}"),
             Self::VirtualServer(FrontendAddr { addr, port, protocol }) => {
                 let protocol = names::protocol(*protocol);
                 write!(f, "-m ipvs --vaddr {addr} --vproto {protocol} --vport {port}")

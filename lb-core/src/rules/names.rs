@@ -45,6 +45,13 @@ pub const OWNER: &str = "LB-AGENT-OWNER";
 /// Empty; kubelets make it: chains that they share with kube-proxy are in use.
 pub const KUBELET_CANARY: &str = "KUBE-KUBELET-CANARY";
 
+/// nfacct's counter of what conntrack calls INVALID and is dropped for it, in mode iptables.
+pub const INVALID_DROPPED: &str = "ct_state_invalid_dropped_pkts";
+/// nfacct's counter of what enters the chains of NodePorts by 127.0.0.0/8, in mode iptables.
+pub const LOCALHOST_ACCEPTED: &str = "localhost_nps_accepted_pkts";
+/// The counters that rules speak of.
+pub const COUNTERS: [&str; 2] = [INVALID_DROPPED, LOCALHOST_ACCEPTED];
+
 /// Chains that stand once, in whichever table.
 pub const SHARED: [&str; 15] = [
     SERVICES,

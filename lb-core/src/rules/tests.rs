@@ -318,3 +318,39 @@ fn one_endpoint_more_rewrites_one_service() {
     // Slice 7 of 4 has other addresses than slice 7 of 3: four new endpoints of two rules, one chain of four.
     assert_eq!((transaction.upserts(), transaction.deletes()), (12, 3));
 }
+
+/// Rules with counters in them from kube-proxy 1.36 `pkg/proxy/iptables/proxier_test.go` (TestOverallIPTablesRules).
+#[test]
+fn packets_are_counted_as_kube_proxy_counts_them() {
+    let view = NodeView { addresses: vec!["192.0.2.1".parse().unwrap()], ..NodeView::default() };
+    let mut compiler = Compiler::new(CompileConfig::default(), view);
+    let mut service = synthetic::service(0);
+    service.ports[0].node_port = 30_001;
+    let port = names::of_service("KUBE-EXT-", &id(&service.name.to_string(), &service.ports[0].name));
+    let comment = format!("{}:{}", service.name, service.ports[0].name);
+    compiler.apply(Event::Service(service));
+    compiler.apply(Event::EndpointSlice(synthetic::slice(0, 2, 0)));
+    compiler.compile();
+    let text = |family, config: &Config| Rules::all(compiler.table(), family, config).to_string();
+    let counting = Config { accounting: true, ..Config::default() };
+    let (plain, counted) = (text(Family::V4, &Config::default()), text(Family::V4, &counting));
+    let more: Vec<&str> = counted.lines().filter(|line| !plain.lines().any(|other| other == *line)).collect();
+    let node_port = format!("-A KUBE-NODEPORTS -m comment --comment {comment} -m tcp -p tcp");
+    let localhost = format!(
+        "{node_port} -d 127.0.0.0/8 --dport 30001 -m nfacct --nfacct-name localhost_nps_accepted_pkts -j {port}"
+    );
+    assert_eq!(
+        more,
+        [
+            "-A KUBE-FORWARD -m conntrack --ctstate INVALID -m nfacct --nfacct-name ct_state_invalid_dropped_pkts -j DROP",
+            &localhost,
+        ]
+    );
+    let next = counted.lines().skip_while(|line| *line != localhost).nth(1);
+    assert_eq!(next, Some(&*format!("{node_port} --dport 30001 -j {port}")), "whoever is counted is served");
+    // Without NodePorts on 127.0.0.1, and in IPv6, there is nothing to count of them.
+    let nowhere = Config { localhost_node_ports: false, ..counting.clone() };
+    for text in [text(Family::V4, &nowhere), text(Family::V6, &counting)] {
+        assert!(text.contains("ct_state_invalid") && !text.contains("localhost_nps"), "{text}");
+    }
+}

@@ -142,6 +142,7 @@ impl Scene {
             pods: self.policy.pods.clone(),
             localhost_node_ports: self.policy.localhost_node_ports,
             node_port_addresses: self.policy.node_port_addresses.clone(),
+            accounting: true,
             ..iptables::Config::default()
         }
     }

@@ -1,5 +1,6 @@
 //! kube-proxy's iptables rules, loaded and kept.
 
+pub mod counters;
 pub mod exec;
 
 use std::{fs, path::Path};
@@ -36,7 +37,8 @@ impl IptablesDatapath {
     /// Finds the programs and prepares the host.
     pub fn open(config: Config) -> Result<Self, DatapathError> {
         let localhost = config.localhost_node_ports;
-        let datapath = Self::find(config)?;
+        let mut datapath = Self::find(config)?;
+        datapath.count();
         if localhost {
             route_localnet();
         }
@@ -63,6 +65,27 @@ impl IptablesDatapath {
             info!(program = programs.name(), "rules go through");
         }
         Ok(Self { families })
+    }
+
+    /// Has the rules count what kube-proxy counts, where this network namespace can.
+    pub fn count(&mut self) {
+        // kube-proxy's rules beside IPVS have no counters.
+        if self.families.iter().any(|family| family.config.translation == Translation::Ipvs) {
+            return;
+        }
+        for family in &mut self.families {
+            match counters::prepare(family.programs) {
+                Ok(()) => family.config.accounting = true,
+                Err(error) => info!(
+                    program = family.programs.name(),
+                    error = %format!("{error:#}"),
+                    "no nfacct here: packets that are INVALID, or for NodePorts on 127.0.0.1, are not counted"
+                ),
+            }
+        }
+        if !self.families.iter().any(|family| family.config.accounting) {
+            counters::remove_unused();
+        }
     }
 
     /// The programs of each family.
@@ -145,10 +168,22 @@ impl FamilyRules {
         })
     }
 
+    /// How to write the rules now: counters that they speak of are made first.
+    fn countable(&self) -> Config {
+        let mut config = self.config.clone();
+        if config.accounting
+            && let Err(error) = counters::make()
+        {
+            warn!(%error, "nfacct's counters can't be made: packets are not counted");
+            config.accounting = false;
+        }
+        config
+    }
+
     /// All rules, without the chains of an earlier agent or kube-proxy that no longer have a place.
     fn everything(&self, table: &ServiceTable) -> Result<(Rules, Transaction), DatapathError> {
         let loaded = Loaded::parse(&self.programs.save(None)?);
-        let mut rules = Rules::new(self.family, self.config.clone());
+        let mut rules = Rules::new(self.family, self.countable());
         let mut transaction = rules.update(table, &Changes::all(table));
         let desired = rules.chains();
         let gone = |of: Table, chain: &str| {

@@ -230,7 +230,7 @@ impl Rules<'_> {
 
     fn holds(&self, one: &Match, packet: &Packet) -> Result<Hit, TraceError> {
         let holds = match one {
-            Match::Comment(_) | Match::RememberSource(_) => true,
+            Match::Comment(_) | Match::RememberSource(_) | Match::Counted(_) => true,
             Match::Protocol(protocol) => *protocol == packet.protocol,
             Match::Dst(net) => contains(net, packet.dst),
             Match::NotDst(net) => !contains(net, packet.dst),
