@@ -43,8 +43,12 @@ fn start(cluster: &mut Cluster, options: &[&str]) {
 
 /// Adds a service while agents run, and waits until it is served in both families.
 fn add_service(cluster: &Cluster) {
+    add_service_at(cluster, &["10.96.0.99:80", "[fd00:10:96::99]:80"]);
+}
+
+fn add_service_at(cluster: &Cluster, targets: &[&str]) {
     cluster.apply("more.yaml", &service("late", 99, "")).unwrap();
-    for target in ["10.96.0.99:80", "[fd00:10:96::99]:80"] {
+    for target in targets {
         until(target, || cluster.tcp("pod12", None, target).unwrap().id.is_some());
     }
 }
@@ -158,6 +162,21 @@ fn what_somebody_flushes_comes_back() {
     comes_back();
     flush("node2", "nft", "flush ruleset");
     comes_back();
+}
+
+/// A change meanwhile does not hide it.
+#[test]
+fn what_somebody_flushes_comes_back_though_services_change() {
+    for (options, program, words) in
+        [(NFTABLES, "nft", "flush table ip kube-proxy"), (IPTABLES, "iptables", "-t nat -F")]
+    {
+        let cluster = cluster(&[&options[..], &["--sync-period", "3s"]].concat());
+        netns::run(cluster.lab.command("node1", program).args(words.split(' '))).unwrap();
+        add_service_at(&cluster, &["[fd00:10:96::99]:80"]);
+        lb_test::until(&format!("{program}: all is served again"), Duration::from_secs(15), || {
+            cluster.tcp("pod12", None, "10.96.0.10:80").unwrap().id.is_some()
+        });
+    }
 }
 
 fn tables(cluster: &Cluster) -> String {

@@ -6,7 +6,7 @@ use lb_core::{
     model::Family,
     rules::{
         iptables::Config,
-        nftables::{OWNER, Rules, TABLE},
+        nftables::{OWNER, Rules, TABLE, Transaction},
     },
     table::{Changes, FrontendAddr, ServicePortId, ServiceTable},
 };
@@ -18,7 +18,7 @@ use crate::nfnetlink;
 /// The tables of both families.
 pub struct NftablesDatapath {
     families: Vec<FamilyTable>,
-    /// The ruleset's generation after our last transaction: the same one means that nobody changed anything.
+    /// The ruleset's generation, as far as all that led to it is known: if it is the kernel's, nobody changed anything.
     generation: Option<u32>,
 }
 
@@ -32,6 +32,8 @@ struct FamilyTable {
     handle: Option<u64>,
     /// Chains that are no longer used could not be removed.
     unclean: bool,
+    /// Transactions since they were last counted.
+    transactions: u32,
 }
 
 impl NftablesDatapath {
@@ -44,6 +46,7 @@ impl NftablesDatapath {
             rules: None,
             handle: None,
             unclean: false,
+            transactions: 0,
         };
         Ok(Self { families: [Family::V4, Family::V6].map(family).into(), generation: None })
     }
@@ -68,16 +71,29 @@ impl Datapath for NftablesDatapath {
             report.upserts += upserts;
             report.deletes += deletes;
         }
-        self.generation = nfnetlink::generation().ok();
+        self.follow();
         Ok(report)
     }
 
     fn is_intact(&mut self, _: &ServiceTable) -> bool {
-        let unchanged = self.generation.is_some() && nfnetlink::generation().ok() == self.generation;
+        let now = nfnetlink::generation().ok();
+        let unchanged = now.is_some() && now == self.generation;
         // All are asked: one whose table is gone forgets what it wrote.
         let intact: Vec<bool> = self.families.iter_mut().map(|family| family.is_intact(unchanged)).collect();
-        self.generation = nfnetlink::generation().ok();
+        self.generation = now;
+        self.follow();
         intact.into_iter().all(|intact| intact)
+    }
+}
+
+impl NftablesDatapath {
+    /// The generation after our transactions; unknown if anybody else had one meanwhile, for nobody has looked at what it
+    /// did.
+    fn follow(&mut self) {
+        let ours: u32 = self.families.iter_mut().map(|family| std::mem::take(&mut family.transactions)).sum();
+        let expected = self.generation.map(|generation| generation.wrapping_add(ours));
+        self.generation =
+            expected.filter(|expected| nfnetlink::generation().is_ok_and(|now| now == *expected));
     }
 }
 
@@ -88,7 +104,7 @@ impl FamilyTable {
         let Some(mut rules) = self.rules.take() else { return self.load_all(table) };
         let transaction = rules.update(table, changes);
         if !transaction.is_empty() {
-            load(&transaction.to_string())?;
+            self.load(&transaction)?;
         }
         self.rules = Some(rules);
         Ok((transaction.upserts(), transaction.deletes()))
@@ -104,7 +120,7 @@ impl FamilyTable {
         let (mut upserts, mut deletes) = (0, 0);
         for piece in pieces {
             let transaction = rules.update(table, &piece);
-            load(&transaction.to_string())?;
+            self.load(&transaction)?;
             upserts += transaction.upserts();
             deletes += transaction.deletes();
         }
@@ -113,21 +129,19 @@ impl FamilyTable {
         Ok((upserts, deletes))
     }
 
+    fn load(&mut self, transaction: &Transaction) -> Result<(), DatapathError> {
+        load(&transaction.to_string())?;
+        self.transactions = self.transactions.wrapping_add(1);
+        Ok(())
+    }
+
     /// `unchanged`: nobody has written to any table since our last transaction.
     fn is_intact(&mut self, unchanged: bool) -> bool {
-        let Some(rules) = &mut self.rules else { return true };
+        if self.rules.is_none() {
+            return true;
+        }
         match if unchanged { Ok(true) } else { is_there(self.family, self.handle) } {
-            Ok(true) => {
-                let swept = rules.sweep();
-                if !swept.is_empty()
-                    && let Err(error) = load(&swept.to_string())
-                {
-                    warn!(%error, "chains that are no longer used can't be removed; everything is loaded again");
-                    (self.rules, self.unclean) = (None, true);
-                    return false;
-                }
-                true
-            }
+            Ok(true) => self.sweep(),
             Ok(false) => {
                 warn!(family = %self.family, table = TABLE, "somebody removed or emptied the table; it is loaded again");
                 self.rules = None;
@@ -140,12 +154,22 @@ impl FamilyTable {
             }
         }
     }
+
+    /// Removes chains that are no longer used; after `false` everything has to be loaded again.
+    fn sweep(&mut self) -> bool {
+        let swept = self.rules.as_mut().map(Rules::sweep).filter(|swept| !swept.is_empty());
+        let Some(Err(error)) = swept.map(|swept| self.load(&swept)) else { return true };
+        warn!(%error, "chains that are no longer used can't be removed; everything is loaded again");
+        (self.rules, self.unclean) = (None, true);
+        false
+    }
 }
 
 /// The table is the one we made, and the chain that all packets go through has its rules: who empties a table empties
 /// all of its chains.
 fn is_there(family: Family, known: Option<u64>) -> Result<bool, DatapathError> {
-    if handle(family)? != known {
+    let found = handle(family)?;
+    if found.is_none() || found != known {
         return Ok(false);
     }
     let text = nft(&["list", "chain", name(family), TABLE, "services"], "")?;
