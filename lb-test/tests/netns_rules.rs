@@ -164,6 +164,40 @@ fn what_somebody_flushes_comes_back() {
     comes_back();
 }
 
+/// More chains than go into one call of iptables-nft-restore; at a restart they are there already.
+#[test]
+fn many_services_are_loaded_in_pieces() {
+    let mut cluster = cluster(&IPTABLES);
+    let many: String = (1..=400u16)
+        .map(|n| {
+            let ip = format!("10.96.{}.{}", 1 + n / 200, 1 + n % 200);
+            format!(
+                "kind: Service\nmetadata: {{name: many-{n}}}\nspec: {{clusterIP: {ip}, selector: {{app: web}}, ports: [{{port: 80, targetPort: 8080}}]}}\n---\n"
+            )
+        })
+        .collect();
+    cluster.apply("many.yaml", &many).unwrap();
+    let answers = |cluster: &Cluster| {
+        ["10.96.1.2:80", "10.96.2.200:80", "10.96.3.1:80"]
+            .iter()
+            .all(|target| cluster.tcp("pod12", None, target).unwrap().id.is_some())
+    };
+    lb_test::until("all are served", Duration::from_secs(30), || answers(&cluster));
+    let rules = |cluster: &Cluster| {
+        let words = ["-t", "nat"];
+        let text = netns::output(cluster.lab.command("node1", "iptables-save").args(words)).unwrap();
+        let rule = |line: &&str| line.starts_with("-A KUBE-");
+        text.lines().filter(rule).map(str::to_owned).collect::<std::collections::BTreeSet<String>>()
+    };
+    let loaded = rules(&cluster);
+    let dispatched = loaded.iter().filter(|rule| rule.starts_with("-A KUBE-SERVICES ")).count();
+    assert!(dispatched > 400, "{dispatched}");
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    cluster.start_agent(1).unwrap();
+    assert!(answers(&cluster));
+    assert_eq!(rules(&cluster), loaded);
+}
+
 /// A change meanwhile does not hide it.
 #[test]
 fn what_somebody_flushes_comes_back_though_services_change() {

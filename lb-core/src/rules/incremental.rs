@@ -46,6 +46,8 @@ struct Written {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Transaction {
     tables: BTreeMap<Table, TableChange>,
+    /// Chains of table nat that are one service port's.
+    ports: Vec<Vec<Arc<str>>>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -130,14 +132,17 @@ impl Rules {
         for (of, chain, rule) in &rules.shared {
             written.shared.push((*of, chain, rule.to_string()));
         }
+        let mut changed = Vec::new();
         for (chain, rules) in &rules.own {
             let digest = digest(rules);
             if before.own.get(chain) != Some(&digest) {
+                changed.push(chain.clone());
                 transaction.write(Table::Nat, chain.clone(), rules.iter().map(ToString::to_string).collect());
             }
             written.own.insert(chain.clone(), digest);
             written.own_rules += rules.len();
         }
+        transaction.ports.extend((!changed.is_empty()).then_some(changed));
         for chain in before.own.keys().filter(|chain| !written.own.contains_key(*chain)) {
             transaction.delete(Table::Nat, chain.clone());
         }
@@ -200,6 +205,42 @@ impl Transaction {
     /// Takes a rule out of one of the kernel's chains; `line` is it as `iptables-save` prints it.
     pub fn remove_jump(&mut self, table: Table, line: String) {
         self.tables.entry(table).or_default().unjumped.push(line);
+    }
+
+    /// The same in pieces of about so many chains, to be loaded one after the other. First come chains that are missing and
+    /// that those of service ports lead to; then those, all of a port at once; and then what packets go through and what
+    /// goes. So a packet finds the old way or the new one of its service port, and both are whole.
+    pub fn pieces(mut self, chains: usize, missing: &[Chain]) -> Vec<Self> {
+        if self.ports.iter().map(Vec::len).sum::<usize>() <= chains {
+            return vec![self];
+        }
+        let mut pieces = Vec::new();
+        let mut piece = Self::default();
+        let ports = std::mem::take(&mut self.ports);
+        missing.iter().for_each(|chain| self.hand_over(chain, &mut piece));
+        for port in ports {
+            port.into_iter().for_each(|chain| self.hand_over(&(Table::Nat, chain), &mut piece));
+            if piece.chains() >= chains {
+                pieces.push(std::mem::take(&mut piece));
+            }
+        }
+        pieces.push(piece);
+        pieces.push(self);
+        pieces.retain(|piece| !piece.is_empty());
+        pieces
+    }
+
+    /// Moves a chain's new content.
+    fn hand_over(&mut self, (table, chain): &Chain, to: &mut Self) {
+        let lines = self.tables.get_mut(table).and_then(|change| change.chains.remove(chain));
+        if let Some(lines) = lines {
+            to.write(*table, chain.clone(), lines);
+        }
+    }
+
+    /// Chains written.
+    fn chains(&self) -> usize {
+        self.tables.values().map(|change| change.chains.len()).sum()
     }
 
     /// Nothing to do.

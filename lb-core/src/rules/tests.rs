@@ -12,7 +12,7 @@ use ipnet::IpNet;
 
 use super::{
     incremental::{Rules, Transaction},
-    iptables::Config,
+    iptables::{Config, Table},
     names, nftables,
 };
 use crate::{
@@ -49,7 +49,7 @@ fn chains_are_named_as_kube_proxy_names_them() {
 }
 
 /// netfilter, as far as chains and their rules go.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 struct Loaded(BTreeMap<String, Vec<String>>);
 
 impl Loaded {
@@ -78,6 +78,29 @@ impl Loaded {
                 _ if verb.starts_with(':') => drop(self.0.insert(key(&verb[1..]), Vec::new())),
                 _ => panic!("{line}"),
             }
+        }
+    }
+}
+
+impl Loaded {
+    /// A chain with what it leads to, as far as that is service ports'.
+    fn way(&self, chain: &str) -> Vec<(String, Option<&Vec<String>>)> {
+        let rules = self.0.get(&format!("nat/{chain}"));
+        let targets = rules.into_iter().flatten().filter_map(|rule| rule.split("-j ").nth(1));
+        let next = targets.filter(|to| names::OF_SERVICES.iter().any(|prefix| to.starts_with(prefix)));
+        let mut way = vec![(chain.to_owned(), rules)];
+        next.for_each(|to| way.extend(self.way(to)));
+        way
+    }
+
+    /// No rule leads nowhere.
+    fn check_targets(&self) {
+        for (chain, rules) in &self.0 {
+            let table = chain.split('/').next().unwrap_or_default();
+            let targets = rules.iter().filter_map(|rule| rule.split("-j KUBE-").nth(1));
+            targets.for_each(|to| {
+                assert!(self.0.contains_key(&format!("{table}/KUBE-{to}")), "{chain} to {to}");
+            });
         }
     }
 }
@@ -194,6 +217,36 @@ fn whatever_happens_rewriting_what_changed_ends_where_writing_everything_does() 
             assert_eq!(*loaded, fresh, "{family}, {at}");
         });
     }
+}
+
+#[test]
+fn rules_that_are_loaded_in_pieces_are_whole_at_every_moment() {
+    let (mut rules, mut loaded) = (Rules::new(Family::V4, Config::default()), Loaded::default());
+    let mut missing = vec![(Table::Mangle, names::OWNER.into()), (Table::Nat, names::MARK_MASQ.into())];
+    let mut most = 0;
+    random_changes(|step, table, changes| {
+        let (before, after) = (loaded.clone(), fresh(table));
+        let pieces = rules.update(table, changes).pieces(3, &std::mem::take(&mut missing));
+        most = most.max(pieces.len());
+        for (index, piece) in pieces.iter().enumerate() {
+            loaded.restore(&piece.to_string());
+            loaded.check_targets();
+            if index + 1 == pieces.len() {
+                assert_eq!(loaded, after, "step {step}");
+                break;
+            }
+            for (key, rules) in &before.0 {
+                let chain = key.split('/').nth(1).unwrap_or_default();
+                if names::SHARED.contains(&chain) {
+                    assert_eq!(loaded.0.get(key), Some(rules), "{key} before the last piece, step {step}");
+                } else if after.0.contains_key(key) {
+                    let way = loaded.way(chain);
+                    assert!(way == before.way(chain) || way == after.way(chain), "{chain}, step {step}");
+                }
+            }
+        }
+    });
+    assert!(most > 3, "{most} pieces at most");
 }
 
 /// A table of nftables.

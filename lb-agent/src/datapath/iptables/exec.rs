@@ -91,15 +91,23 @@ impl Programs {
 
     /// `MASQUERADE --random-fully` is known from iptables 1.6.2 on.
     pub fn knows_random_fully(&self) -> bool {
-        let version = Command::new(self.name()).arg("--version").output();
-        version.is_ok_and(|output| {
-            let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            let number = text.split('v').nth(1).unwrap_or_default();
-            let mut parts =
-                number.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse::<u32>().unwrap_or(0));
-            let version = [parts.next(), parts.next(), parts.next()].map(Option::unwrap_or_default);
-            version >= [1, 6, 2]
-        })
+        let text = self.version();
+        let number = text.split('v').nth(1).unwrap_or_default();
+        let mut parts =
+            number.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse::<u32>().unwrap_or(0));
+        let version = [parts.next(), parts.next(), parts.next()].map(Option::unwrap_or_default);
+        version >= [1, 6, 2]
+    }
+
+    /// They write to nf_tables.
+    pub fn are_nft(&self) -> bool {
+        self.variant == Variant::Nft || self.version().contains("(nf_tables)")
+    }
+
+    /// What the program says it is; nothing if it can't be run.
+    fn version(&self) -> String {
+        let output = Command::new(self.name()).arg("--version").output();
+        output.map(|output| program::printed(&output)).unwrap_or_default()
     }
 
     /// What is loaded, as text.

@@ -24,11 +24,17 @@ pub struct IptablesDatapath {
     families: Vec<FamilyRules>,
 }
 
+/// Chains in one call of iptables-nft-restore, whose time grows with the square of what it reads; iptables-legacy-restore's
+/// doesn't, and it writes the whole table at each call.
+const PIECE: usize = 500;
+
 /// The rules of one family.
 struct FamilyRules {
     programs: Programs,
     family: Family,
     config: Config,
+    /// Chains to be loaded at once.
+    at_once: usize,
     /// `None` until it is known what is loaded: at start, after a failed load and when somebody flushed the rules.
     rules: Option<Rules>,
 }
@@ -61,7 +67,8 @@ impl IptablesDatapath {
             let mut config = config.clone();
             config.random_fully = programs.knows_random_fully();
             config.drop_invalid = !sysctl_is_on("net/netfilter/nf_conntrack_tcp_be_liberal");
-            families.push(FamilyRules { programs, family, config, rules: None });
+            let at_once = if programs.are_nft() { PIECE } else { usize::MAX };
+            families.push(FamilyRules { programs, family, config, at_once, rules: None });
             info!(program = programs.name(), "rules go through");
         }
         Ok(Self { families })
@@ -122,14 +129,14 @@ impl Datapath for IptablesDatapath {
         let mut report = ApplyReport::default();
         for family in &mut self.families {
             let (of, partial) = (family.family, family.rules.is_some());
-            let transaction = family.apply(table, changes).map_err(|source| DatapathError::Rules {
+            let pieces = family.apply(table, changes).map_err(|source| DatapathError::Rules {
                 family: of,
                 partial,
                 source: Box::new(source),
             })?;
-            report.upserts += transaction.upserts();
-            report.deletes += transaction.deletes();
-            report.rules.extend(family.count(&transaction));
+            report.upserts += pieces.iter().map(Transaction::upserts).sum::<usize>();
+            report.deletes += pieces.iter().map(Transaction::deletes).sum::<usize>();
+            report.rules.extend(family.count(&pieces));
         }
         Ok(report)
     }
@@ -142,29 +149,31 @@ impl Datapath for IptablesDatapath {
 }
 
 impl FamilyRules {
-    fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<Transaction, DatapathError> {
+    /// Returns what was loaded.
+    fn apply(&mut self, table: &ServiceTable, changes: &Changes) -> Result<Vec<Transaction>, DatapathError> {
         // Taken out, so that a failure leaves the state unknown and the next call loads everything.
-        let (rules, transaction) = match self.rules.take() {
+        let (rules, pieces) = match self.rules.take() {
             Some(mut rules) => {
                 let transaction = rules.update(table, changes);
-                (rules, transaction)
+                (rules, transaction.pieces(self.at_once, &[]))
             }
             None => self.everything(table)?,
         };
-        if !transaction.is_empty() {
-            self.programs.restore(&transaction.to_string())?;
+        for piece in pieces.iter().filter(|piece| !piece.is_empty()) {
+            self.programs.restore(&piece.to_string())?;
         }
         self.rules = Some(rules);
-        Ok(transaction)
+        Ok(pieces)
     }
 
-    fn count(&self, transaction: &Transaction) -> impl Iterator<Item = RuleCount> {
+    fn count(&self, pieces: &[Transaction]) -> impl Iterator<Item = RuleCount> {
         let total = |table| self.rules.as_ref().map_or(0, |rules| rules.count(table));
+        let written = |table| pieces.iter().map(|piece| piece.written(table)).sum();
         [Table::Filter, Table::Nat].into_iter().map(move |table| RuleCount {
             family: self.family,
             table,
             total: total(table),
-            written: transaction.written(table),
+            written: written(table),
         })
     }
 
@@ -181,7 +190,7 @@ impl FamilyRules {
     }
 
     /// All rules, without the chains of an earlier agent or kube-proxy that no longer have a place.
-    fn everything(&self, table: &ServiceTable) -> Result<(Rules, Transaction), DatapathError> {
+    fn everything(&self, table: &ServiceTable) -> Result<(Rules, Vec<Transaction>), DatapathError> {
         let loaded = Loaded::parse(&self.programs.save(None)?);
         let mut rules = Rules::new(self.family, self.countable());
         let mut transaction = rules.update(table, &Changes::all(table));
@@ -207,7 +216,10 @@ impl FamilyRules {
                 transaction.jump(of, from, rule.to_string());
             }
         }
-        Ok((rules, transaction))
+        // Chains without a mark would be taken for kube-proxy's, if this is the last that we do.
+        let mut missing = vec![(Table::Mangle, names::OWNER.into()), (Table::Nat, names::MARK_MASQ.into())];
+        missing.retain(|chain| !loaded.chains.contains(chain));
+        Ok((rules, transaction.pieces(self.at_once, &missing)))
     }
 
     fn is_intact(&mut self) -> bool {
