@@ -3,7 +3,8 @@
 use std::{path::Path, time::Duration};
 
 use lb_test::{
-    cluster::{Cluster, Cni, node_ip, pod_manifest},
+    cluster::{Cluster, Cni, finish, node_ip, pod_manifest},
+    load::Load,
     netns,
 };
 
@@ -196,6 +197,70 @@ fn many_services_are_loaded_in_pieces() {
     cluster.start_agent(1).unwrap();
     assert!(answers(&cluster));
     assert_eq!(rules(&cluster), loaded);
+}
+
+/// Over rules that serve, while connections go on and new ones are made.
+#[test]
+fn nobody_notices_that_rules_come_in_pieces() {
+    let mut cluster = cluster(&IPTABLES);
+    let load =
+        Load::start(&cluster, ("pod12", None), "10.96.0.10:80", &["--connections", "20", "--udp", "0"])
+            .unwrap();
+    let many = |first_endpoint: u8| -> String {
+        let endpoints = |i: u8| {
+            (0..10).map(|n| format!("{{addresses: [10.245.{i}.{}]}}", first_endpoint + n)).collect::<Vec<_>>()
+        };
+        let slice = |i: u8| {
+            format!(
+                "kind: EndpointSlice\nmetadata: {{name: many{i}-1, labels: {{kubernetes.io/service-name: many{i}}}}}\naddressType: IPv4\nports: [{{port: 8080}}]\nendpoints: [{}]\n---\n",
+                endpoints(i).join(", ")
+            )
+        };
+        let many = |i: u8| {
+            let service = format!(
+                "kind: Service\nmetadata: {{name: many{i}}}\nspec: {{clusterIP: 10.96.1.{i}, ports: [{{port: 80, targetPort: 8080}}]}}\n---\n"
+            );
+            service + &slice(i)
+        };
+        (1..=120).map(many).collect()
+    };
+    let serves = |cluster: &Cluster, endpoint: u8| {
+        assert!(cluster.tcp("pod12", None, "10.96.0.10:80").unwrap().id.is_some(), "a new connection");
+        let (_, text) = saved(cluster, "iptables-save");
+        text.matches(":KUBE-SEP-").count() > 1200 && text.contains(&format!("10.245.120.{endpoint}:8080"))
+    };
+    cluster.apply("many.yaml", &many(1)).unwrap();
+    until("all are served", || serves(&cluster, 1));
+    // Every chain of theirs changes, and then a new agent writes all again.
+    cluster.apply("many.yaml", &many(101)).unwrap();
+    until("all are served by others", || serves(&cluster, 101) && !serves(&cluster, 1));
+    let dial = ["tcp", "10.96.0.10:80", "--count", "400"];
+    let dialling = cluster.spawn("pod12", None, &dial).unwrap();
+    cluster.stop_agent(1, libc::SIGTERM).unwrap();
+    cluster.start_agent(1).unwrap();
+    let answers = finish(dialling).unwrap();
+    assert!(
+        answers.lines().count() == 400 && !answers.contains("error"),
+        "new connections meanwhile: {answers}"
+    );
+    load.stop_unharmed();
+    let said = cluster
+        .agent(
+            1,
+            &[
+                "diff",
+                "--node-name",
+                "node1",
+                "--manifests",
+                &cluster.manifests().display().to_string(),
+                "--cluster-cidr",
+                IPTABLES[3],
+            ],
+        )
+        .unwrap();
+    assert!(said.contains("mode iptables: no differences"), "{said}");
+    std::fs::remove_file(cluster.manifests().join("many.yaml")).unwrap();
+    until("they are gone", || saved(&cluster, "iptables-save").1.matches(":KUBE-SEP-").count() == 2);
 }
 
 /// A change meanwhile does not hide it.
