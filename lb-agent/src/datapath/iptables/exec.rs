@@ -139,21 +139,23 @@ impl Programs {
         let output = program::feed(&name, &["--noflush", "--wait", "5"], text)?;
         match output.status.success() {
             true => Ok(()),
-            false => Err(program::failed(&name, &[], self.explain(&program::complaint(&output), text))),
+            false => Err(program::failed(&name, &[], explain(&program::complaint(&output), text))),
         }
     }
+}
 
-    /// What iptables-restore complained of, with the line it names.
-    fn explain(&self, said: &str, text: &str) -> String {
-        let line = said.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok());
-        let named = line
-            .filter(|n| *n > 0)
-            .find_map(|n: usize| text.lines().nth(n - 1).filter(|_| said.contains("line")));
-        match named {
-            Some(line) => format!("{said} ({line})"),
-            None => said.to_owned(),
-        }
+/// What iptables-restore complained of, with the line it names.
+fn explain(said: &str, text: &str) -> String {
+    match named_line(said).and_then(|number| text.lines().nth(number.checked_sub(1)?)) {
+        Some(line) => format!("{said} ({line})"),
+        None => said.to_owned(),
     }
+}
+
+/// The number after the last "line": `line 7 failed`, `Error occurred at line: 7`. The program's version is a number, too.
+fn named_line(said: &str) -> Option<usize> {
+    let (_, rest) = said.rsplit_once("line")?;
+    rest.trim_start_matches([':', ' ']).split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
 /// What is loaded of the chains kube-proxy and we write.
@@ -215,6 +217,21 @@ pub fn is_ours(chain: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_complaint_comes_with_the_line_it_names() {
+        let text = "*nat\n-A X -j NOWHERE\nCOMMIT\n";
+        for said in [
+            "iptables-restore v1.8.9 (nf_tables): Chain 'NOWHERE' does not exist\nError occurred at line: 2\nTry `iptables-restore -h'",
+            "iptables-restore v1.8.9 (nf_tables): \nline 2: RULE_APPEND failed (No such file or directory): rule in chain X",
+            "iptables-restore: line 2 failed",
+        ] {
+            assert_eq!(explain(said, text), format!("{said} (-A X -j NOWHERE)"));
+        }
+        for said in ["iptables v1.8.9: can't initialize table", "line 0", "line 9", "a line too long"] {
+            assert_eq!(explain(said, text), said);
+        }
+    }
 
     #[test]
     fn our_chains_and_the_ways_to_them_are_found_among_others() {
