@@ -516,7 +516,7 @@ impl Worker {
             if checked.elapsed() >= check_every {
                 checked = Instant::now();
                 if !self.datapath.is_intact(self.compiler.table()) {
-                    self.pending = Changes::all(self.compiler.table());
+                    self.pending.merge(Changes::all(self.compiler.table()));
                     self.anew = true;
                     self.health.queued_anew();
                 }
@@ -583,7 +583,7 @@ impl Worker {
             let rules = by.config.settings.rules_of(by.config.mode, &cidrs);
             self.datapath = open_datapath(&by.config, &rules, &self.health, None)?;
             by.known = Some(cidrs);
-            self.pending = Changes::all(self.compiler.table());
+            self.pending.merge(Changes::all(self.compiler.table()));
         }
         Ok(())
     }

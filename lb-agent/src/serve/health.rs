@@ -166,6 +166,12 @@ impl Health {
         self.metrics.applied(table, report, elapsed, full);
         self.metrics.programmed(&triggers);
         self.checks.send_if_modified(|checks| {
+            // Services may have gone while nobody noted it: this outlives a restart of the agent within its process.
+            if full {
+                let changed = *checks != table.health_checks;
+                checks.clone_from(&table.health_checks);
+                return changed;
+            }
             let mut changed = false;
             for name in &changes.health_checks {
                 let now = table.health_checks.get(name);
@@ -485,6 +491,26 @@ mod tests {
             200 {"lastUpdated":"2023-11-14T22:14:50.5Z","currentTime":"2023-11-14T22:14:50.5Z","healthy":true,"status":{"IPv4":{"lastUpdated":"2023-11-14T22:13:20Z","healthy":true},"IPv6":{"lastUpdated":"2023-11-14T22:13:20Z","healthy":true}}}
         "#]],
         );
+    }
+
+    #[test]
+    fn a_service_that_went_while_nobody_noted_it_is_not_asked_for() {
+        let health = Health::default();
+        let check = HealthCheck { port: 32_000, addresses: None, local_endpoints: 1 };
+        let name = ObjectName::new("default", "web");
+        let mut before = ServiceTable::default();
+        before.health_checks.insert(name.clone(), check);
+        let apply = |table: &ServiceTable, changes: &Changes, full| {
+            health.applied(table, changes, &ApplyReport::default(), Duration::ZERO, full);
+            health.checks().borrow().contains_key(&name)
+        };
+        assert!(apply(&before, &Changes::all(&before), true));
+        // An agent that begins anew has never heard of it.
+        let after = ServiceTable::default();
+        assert!(!apply(&after, &Changes::all(&after), true));
+        // Of what it follows it hears by name.
+        assert!(apply(&before, &Changes::all(&before), false));
+        assert!(!apply(&after, &Changes::all(&before), false));
     }
 
     #[test]
