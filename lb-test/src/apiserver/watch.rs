@@ -18,7 +18,7 @@ use super::{
     Blow, Conduct, Fault, Gone, Shared,
     answer::{Query, Scope, line, raw_line, refuse},
     lock,
-    store::{Kind, status},
+    store::{Expired, Kind, WatchEvent, status},
 };
 
 /// kube-apiserver sends one a minute; tests don't wait that long.
@@ -120,9 +120,11 @@ impl Watch {
         let first = if marked { INITIAL_END_AFTER } else { BOOKMARK_EVERY };
         let mut bookmark = interval_at(Instant::now() + first, BOOKMARK_EVERY);
         loop {
-            self.obey(&mut conducts, blows).await?;
             versions.mark_unchanged();
-            self.send_changes().await?;
+            let changes = self.changes();
+            // After they are read: what goes wrong before a change keeps the client from seeing it.
+            self.obey(&mut conducts, blows).await?;
+            self.send_changes(changes).await?;
             tokio::select! {
                 _ = versions.changed() => {}
                 _ = conducts.changed() => {}
@@ -137,8 +139,17 @@ impl Watch {
     /// Stands still, or ends, as the server's conduct wants it.
     async fn obey(&self, conducts: &mut channel::Receiver<Conduct>, blows: u64) -> Result<(), Over> {
         let _ = conducts.wait_for(|conduct| conduct.fault != Some(Fault::Hang)).await;
-        let (number, blow) = conducts.borrow_and_update().blows;
-        match blow.filter(|_| number != blows) {
+        let (away, (number, blow)) = {
+            let conduct = conducts.borrow_and_update();
+            (conduct.fault == Some(Fault::Away), conduct.blows)
+        };
+        let blow = blow.filter(|_| number != blows);
+        if away || blow == Some(Blow::Close) {
+            // The connection is being closed, and says nothing more until then.
+            self.lines.closed().await;
+            return Err(Over);
+        }
+        match blow {
             None | Some(Blow::Close) => Ok(()),
             Some(Blow::Garble) => {
                 self.send("{\"type\":\"DELETED\",\"object\":?}\n".to_owned()).await?;
@@ -175,17 +186,22 @@ impl Watch {
         Ok(())
     }
 
-    async fn send_changes(&mut self) -> Result<(), Over> {
+    /// What happened since the last line, and the version after it.
+    fn changes(&self) -> (Result<Vec<WatchEvent>, Expired>, u64) {
         let Scope { kind, namespace, selector } = &self.scope;
-        let (changes, version) = {
-            let store = lock(&self.shared.store);
-            (store.changes(*kind, namespace.as_deref(), selector, self.version), store.version())
-        };
+        let store = lock(&self.shared.store);
+        (store.changes(*kind, namespace.as_deref(), selector, self.version), store.version())
+    }
+
+    async fn send_changes(
+        &mut self,
+        (changes, version): (Result<Vec<WatchEvent>, Expired>, u64),
+    ) -> Result<(), Over> {
         match changes {
             Err(expired) => self.expire(expired.oldest).await,
             Ok(events) => {
                 for event in events {
-                    self.send(line(event.what, *kind, &event.object)).await?;
+                    self.send(line(event.what, self.scope.kind, &event.object)).await?;
                 }
                 self.version = self.version.max(version);
                 Ok(())
