@@ -16,7 +16,7 @@ use std::{
 use aya::maps::MapData;
 use lb_core::{
     model::{Family, Protocol},
-    reconcile::Backends,
+    reconcile::{Backends, MOVE},
     table::{Changes, ServiceTable},
 };
 use tracing::{info, warn};
@@ -44,9 +44,8 @@ pub struct Resetter {
     is_first: bool,
 }
 
-/// From when a backend is gone until it is looked for: one that moves from one EndpointSlice to another is in neither for a
-/// moment; and a socket that was just being connected is found at the second look.
-const LOOKS: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(3)];
+/// From when a backend is missed until it is looked for; a socket that was just being connected is found at the second look.
+const LOOKS: [Duration; 2] = [MOVE, Duration::from_secs(3)];
 
 impl Resetter {
     /// Warns of what can't be done here.
@@ -62,10 +61,11 @@ impl Resetter {
 
     /// These changes are in the maps.
     pub fn note(&mut self, table: &ServiceTable, changes: &Changes) {
+        let now = Instant::now();
         // Before this agent somebody may have gone unnoticed.
-        let anybody_gone = self.backends.update(table, changes) | std::mem::take(&mut self.is_first);
-        if anybody_gone && self.looks.len() < 2 * LOOKS.len() {
-            self.looks.extend(LOOKS.map(|after| Instant::now() + after));
+        let anybody_missed = self.backends.update(table, changes, now) | std::mem::take(&mut self.is_first);
+        if anybody_missed && self.looks.len() < 2 * LOOKS.len() {
+            self.looks.extend(LOOKS.map(|after| now + after));
         }
     }
 
@@ -96,7 +96,8 @@ impl Resetter {
     }
 
     fn mark_flows(&self) -> Result<usize, DatapathError> {
-        gone::mark(&self.pins, |backend| self.backends.contains(Protocol::Tcp, *backend))
+        let now = Instant::now();
+        gone::mark(&self.pins, |backend| self.backends.may_be_there(Protocol::Tcp, *backend, now))
     }
 
     fn end_sockets(&self) -> Result<usize, DatapathError> {
@@ -133,7 +134,7 @@ impl Resetter {
     fn is_lost(&self, noted: &Noted, socket: &Connected) -> bool {
         let of_udp = || noted.connected.get(&socket.cookie, 0).ok().map(|Wire(value)| value);
         let backend = socket.noted.or_else(of_udp).and_then(|value| sock_diag::backend(socket, &value));
-        backend.is_some_and(|backend| !self.backends.contains(socket.protocol, backend))
+        backend.is_some_and(|backend| !self.backends.may_be_there(socket.protocol, backend, Instant::now()))
     }
 }
 

@@ -9,6 +9,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -54,27 +55,36 @@ pub struct Backends {
     of: BTreeMap<ServicePortId, BTreeSet<SocketAddr>>,
     /// How many service ports have it.
     uses: BTreeMap<(Protocol, SocketAddr), usize>,
+    /// Since when those that nobody has any more are missed, for [`MOVE`].
+    missed: BTreeMap<(Protocol, SocketAddr), Instant>,
 }
 
+/// An endpoint that moves from one EndpointSlice to another is in neither for a moment; for so long it is not taken for gone.
+pub const MOVE: Duration = Duration::from_secs(1);
+
 impl Backends {
-    /// Follows these changes of the table. Returns whether anybody is gone.
-    pub fn update(&mut self, table: &ServiceTable, changes: &Changes) -> bool {
+    /// Follows these changes of the table. Returns whether anybody is missed by them.
+    pub fn update(&mut self, table: &ServiceTable, changes: &Changes, now: Instant) -> bool {
+        self.missed.retain(|_, since| now.saturating_duration_since(*since) < MOVE);
         let mut touched = BTreeSet::new();
         for id in &changes.services {
-            let now = table.services.get(id).map(|entry| alive(id, entry)).unwrap_or_default();
+            let alive = table.services.get(id).map(|entry| alive(id, entry)).unwrap_or_default();
             let before = self.of.remove(id).unwrap_or_default();
-            for addr in now.difference(&before) {
+            for addr in alive.difference(&before) {
                 *self.uses.entry((id.protocol, *addr)).or_default() += 1;
+                self.missed.remove(&(id.protocol, *addr));
             }
-            for addr in before.difference(&now) {
+            for addr in before.difference(&alive) {
                 touched.insert((id.protocol, *addr));
                 self.release((id.protocol, *addr));
             }
-            if !now.is_empty() {
-                self.of.insert(id.clone(), now);
+            if !alive.is_empty() {
+                self.of.insert(id.clone(), alive);
             }
         }
-        touched.iter().any(|(protocol, addr)| !self.contains(*protocol, *addr))
+        touched.retain(|backend| !self.uses.contains_key(backend));
+        self.missed.extend(touched.iter().map(|backend| (*backend, now)));
+        !touched.is_empty()
     }
 
     fn release(&mut self, backend: (Protocol, SocketAddr)) {
@@ -85,9 +95,11 @@ impl Backends {
         }
     }
 
-    /// A flow of this protocol to this address may go on.
-    pub fn contains(&self, protocol: Protocol, addr: SocketAddr) -> bool {
-        self.uses.contains_key(&(protocol, addr))
+    /// A flow of this protocol to this address may go on: the backend is there, or has been missed for less than [`MOVE`].
+    pub fn may_be_there(&self, protocol: Protocol, addr: SocketAddr, now: Instant) -> bool {
+        let backend = (protocol, addr);
+        let missed = self.missed.get(&backend).map(|since| now.saturating_duration_since(*since));
+        self.uses.contains_key(&backend) || missed.is_some_and(|missed| missed < MOVE)
     }
 }
 
@@ -235,16 +247,42 @@ mod tests {
         for (protocol, down_is_alive) in [(Protocol::Tcp, true), (Protocol::Udp, false)] {
             let mut backends = Backends::default();
             let at = |addr| SocketAddr::new(ip(addr), 5353);
+            let (start, later) = (Instant::now(), Instant::now() + MOVE);
             let before = with_protocol(protocol, &["10.1.0.1 serving", "10.1.0.2 serving"]);
-            assert!(!backends.update(&before, &Changes::all(&before)), "nobody was known");
+            assert!(!backends.update(&before, &Changes::all(&before), start), "nobody was known");
             let after = with_protocol(protocol, &["10.1.0.1 serving", "10.1.0.2 down"]);
-            assert_eq!(backends.update(&after, &Changes::all(&after)), !down_is_alive);
-            assert!(backends.contains(protocol, at("10.1.0.1")));
-            assert_eq!(backends.contains(protocol, at("10.1.0.2")), down_is_alive);
+            assert_eq!(backends.update(&after, &Changes::all(&after), start), !down_is_alive);
+            assert!(backends.may_be_there(protocol, at("10.1.0.1"), later));
+            assert_eq!(backends.may_be_there(protocol, at("10.1.0.2"), later), down_is_alive);
             let last = with_protocol(protocol, &["10.1.0.1 serving"]);
-            assert_eq!(backends.update(&last, &Changes::all(&after)), down_is_alive);
-            assert!(!backends.contains(protocol, at("10.1.0.2")));
+            assert_eq!(backends.update(&last, &Changes::all(&after), start), down_is_alive);
+            assert!(!backends.may_be_there(protocol, at("10.1.0.2"), later));
+            assert!(!backends.may_be_there(protocol, at("10.9.9.9"), start), "nobody has ever known it");
         }
+    }
+
+    #[test]
+    fn a_backend_that_moves_is_not_gone() {
+        let at = SocketAddr::new(ip("10.1.0.2"), 5353);
+        let both = with_protocol(Protocol::Tcp, &["10.1.0.1 serving", "10.1.0.2 serving"]);
+        let one = with_protocol(Protocol::Tcp, &["10.1.0.1 serving"]);
+        let start = Instant::now();
+        let mut backends = Backends::default();
+        backends.update(&both, &Changes::all(&both), start);
+        // Whoever looks meanwhile, for the sake of another, spares it.
+        let missed = start + 5 * MOVE;
+        assert!(backends.update(&one, &Changes::all(&both), missed));
+        let last = missed + MOVE - Duration::from_millis(1);
+        assert!(backends.may_be_there(Protocol::Tcp, at, last));
+        assert!(!backends.may_be_there(Protocol::Tcp, at, missed + MOVE));
+        // It is there again, and missed again: its time begins anew.
+        backends.update(&both, &Changes::all(&both), last);
+        assert!(backends.may_be_there(Protocol::Tcp, at, last + 9 * MOVE));
+        backends.update(&one, &Changes::all(&both), last);
+        assert!(backends.may_be_there(Protocol::Tcp, at, last + MOVE / 2));
+        // What is gone for good is not remembered.
+        backends.update(&one, &Changes::default(), last + MOVE);
+        assert!(backends.missed.is_empty());
     }
 
     #[test]
@@ -259,7 +297,7 @@ mod tests {
         let node = NodeView { name: "node-1".into(), ..NodeView::default() };
         let mut compiler = Compiler::new(CompileConfig::default(), node);
         let mut followed = Backends::default();
-        let mut gone = 0;
+        let (mut gone, start) = (0, Instant::now());
         for step in 0..500 {
             let i = random(4);
             compiler.apply(match random(5) {
@@ -273,10 +311,11 @@ mod tests {
             });
             let changes = compiler.compile();
             let before = followed.clone();
-            let told = followed.update(compiler.table(), &changes);
+            let told = followed.update(compiler.table(), &changes, start);
             let mut fresh = Backends::default();
-            fresh.update(compiler.table(), &Changes::all(compiler.table()));
-            assert_eq!(followed, fresh, "step {step}");
+            fresh.update(compiler.table(), &Changes::all(compiler.table()), start);
+            assert_eq!((&followed.of, &followed.uses), (&fresh.of, &fresh.uses), "step {step}");
+            assert!(followed.missed.keys().all(|key| !fresh.uses.contains_key(key)), "step {step}");
             assert_eq!(told, before.uses.keys().any(|key| !fresh.uses.contains_key(key)), "step {step}");
             gone += u32::from(told);
         }

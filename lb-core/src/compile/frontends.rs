@@ -90,9 +90,12 @@ fn health_check(
     config: &CompileConfig,
 ) -> Option<HealthCheck> {
     let port = endpoints::health_check_node_port(service);
+    // As in kube-proxy, one family whose addresses all answer is enough.
+    let mut families = [Family::V4, Family::V6].into_iter().filter(|family| has_family(service, *family));
+    let selected = families.all(|family| NodePortAddress::select(&config.node_port_addresses, family));
     (port != 0).then(|| HealthCheck {
         port,
-        addresses: (!config.node_port_addresses.is_empty()).then(|| {
+        addresses: selected.then(|| {
             let answering = config.node_port_addresses(node).into_iter().map(|(addr, _)| addr);
             answering.filter(|addr| has_family(service, Family::of(*addr))).collect()
         }),

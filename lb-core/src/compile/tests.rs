@@ -454,19 +454,27 @@ fn health_checks_answer_where_node_ports_do() {
     web.service_type = ServiceType::LoadBalancer;
     web.external_policy = TrafficPolicy::Local;
     web.health_check_node_port = 32000;
-    let mut snapshot = ClusterSnapshot::default();
-    snapshot.apply(Event::Service(web.clone()));
     let node =
         NodeView { addresses: vec![ip("192.0.2.1"), ip("10.9.0.1"), ip("2001:db8::1")], ..node_view() };
-    let answers = |ranges: &[&str]| {
+    let answers = |web: &Service, ranges: &[&str]| {
+        let mut snapshot = ClusterSnapshot::default();
+        snapshot.apply(Event::Service(web.clone()));
         let ranges =
             ranges.iter().map(|range| NodePortAddress::Range(range.parse().expect("a range"))).collect();
         let config = CompileConfig { node_port_addresses: ranges, ..CompileConfig::default() };
         compile(&snapshot, &node, &config).table.health_checks[&web.name].addresses.clone()
     };
-    assert_eq!(answers(&[]), None);
-    assert_eq!(answers(&["192.0.2.0/24", "2001:db8::/64"]), Some(BTreeSet::from([ip("192.0.2.1")])));
-    assert_eq!(answers(&["203.0.113.0/24"]), Some(BTreeSet::new()));
+    assert_eq!(answers(&web, &[]), None);
+    assert_eq!(answers(&web, &["192.0.2.0/24", "2001:db8::/64"]), Some(BTreeSet::from([ip("192.0.2.1")])));
+    assert_eq!(answers(&web, &["203.0.113.0/24"]), Some(BTreeSet::new()));
+    // All addresses are one server, whether they are said or not, and those that come later are among them.
+    assert_eq!(answers(&web, &["0.0.0.0/0"]), None);
+    assert_eq!(answers(&web, &["192.0.2.0/24", "0.0.0.0/0"]), None);
+    assert_eq!(answers(&web, &["2001:db8::/64"]), None);
+    web.cluster_ips.push(ip("fd00:96::1"));
+    let both = BTreeSet::from([ip("192.0.2.1"), ip("2001:db8::1")]);
+    assert_eq!(answers(&web, &["192.0.2.0/24", "2001:db8::/64"]), Some(both));
+    assert_eq!(answers(&web, &["192.0.2.0/24", "::/0"]), None);
 }
 
 #[test]
