@@ -4,6 +4,7 @@
 
 pub mod health;
 mod holder;
+mod listen;
 pub mod metrics;
 pub mod node_ports;
 mod pages;
@@ -18,7 +19,7 @@ use axum::{
     response::Response,
     routing::any,
 };
-use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
+use tokio::{sync::oneshot, task::JoinHandle};
 
 pub use self::health::Health;
 use crate::{
@@ -92,7 +93,6 @@ async fn open(
     notices: &Notices,
 ) -> Result<Server> {
     let server = Server::open(addr, router)
-        .await
         .with_context(|| format!("listen on {addr}: is another proxy running? choose another with {option}"));
     if let Err(error) = &server {
         let note = format!("{error:#}");
@@ -113,8 +113,8 @@ struct Server {
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 impl Server {
-    async fn open(addr: SocketAddr, router: Router) -> io::Result<Self> {
-        let listener = TcpListener::bind(addr).await?;
+    fn open(addr: SocketAddr, router: Router) -> io::Result<Self> {
+        let listener = listen::listen(addr)?;
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {
             let serve = axum::serve(listener, router).with_graceful_shutdown(async move {
@@ -150,6 +150,8 @@ const TEXT: &str = "text/plain; charset=utf-8";
 #[cfg(test)]
 mod tests {
     use std::io::{Read as _, Write as _};
+
+    use tokio::net::TcpListener;
 
     use super::*;
     use crate::source::Noticed;
@@ -191,7 +193,7 @@ mod tests {
     #[tokio::test]
     async fn a_stopped_server_leaves_its_port_and_its_clients() {
         let addr = free().await;
-        let server = Server::open(addr, router()).await.unwrap();
+        let server = Server::open(addr, router()).unwrap();
         // A client that keeps its connection.
         let client = tokio::task::spawn_blocking(move || {
             let mut stream = std::net::TcpStream::connect(addr).unwrap();
@@ -204,7 +206,7 @@ mod tests {
         });
         let mut stream = client.await.unwrap();
         server.stop().await;
-        let again = Server::open(addr, router()).await.expect("the port is free");
+        let again = Server::open(addr, router()).expect("the port is free");
         let rest = tokio::task::spawn_blocking(move || stream.read(&mut [0; 16]).unwrap()).await.unwrap();
         assert_eq!(rest, 0, "the connection is closed");
         again.stop().await;

@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
@@ -73,7 +73,7 @@ impl NodePorts {
     }
 
     async fn open(&mut self, name: &ObjectName, check: &HealthCheck) {
-        match listen(name, check, &self.health).await {
+        match listen(name, check, &self.health) {
             Ok(servers) => {
                 info!(service = %name, port = check.port, "health check port open");
                 self.failed.remove(name);
@@ -117,31 +117,17 @@ fn place(check: &HealthCheck) -> Place {
 }
 
 /// Listens on all addresses or on none.
-async fn listen(
+fn listen(
     name: &ObjectName,
     check: &HealthCheck,
     health: &Arc<Health>,
 ) -> Result<Vec<Server>, (IpAddr, io::Error)> {
-    let router = || Router::new().fallback(page).with_state((name.clone(), health.clone()));
-    let open = async |addr: IpAddr| {
-        Server::open(SocketAddr::new(addr, check.port), router()).await.map_err(|error| (addr, error))
+    let everywhere = || BTreeSet::from([Ipv4Addr::UNSPECIFIED.into()]);
+    let open = |addr: IpAddr| {
+        let router = Router::new().fallback(page).with_state((name.clone(), health.clone()));
+        Server::open(SocketAddr::new(addr, check.port), router).map_err(|error| (addr, error))
     };
-    let mut servers = Vec::new();
-    let Some(addresses) = &check.addresses else {
-        // The kernel serves both families on it, unless it has no IPv6.
-        match open(Ipv6Addr::UNSPECIFIED.into()).await {
-            Ok(server) => servers.push(server),
-            Err((_, error)) if error.kind() == io::ErrorKind::AddrInUse => {
-                return Err((Ipv6Addr::UNSPECIFIED.into(), error));
-            }
-            Err(_) => servers.push(open(Ipv4Addr::UNSPECIFIED.into()).await?),
-        }
-        return Ok(servers);
-    };
-    for addr in addresses {
-        servers.push(open(*addr).await?);
-    }
-    Ok(servers)
+    check.addresses.clone().unwrap_or_else(everywhere).into_iter().map(open).collect()
 }
 
 /// 200 if load balancers may send the Service's traffic here. Any path and method will do.
