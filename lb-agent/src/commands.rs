@@ -1,6 +1,6 @@
 //! What each command does.
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use lb_core::{
@@ -8,12 +8,10 @@ use lb_core::{
     rules::{self, incremental::Transaction},
 };
 use tracing::warn;
-use tracing_subscriber::EnvFilter;
 
 use crate::{
     args::{
-        self, Args, CleanupArgs, Command, ConfigCommand, DiffArgs, Instead, ListCommand, LogFormat, Output,
-        RunArgs,
+        self, Args, CleanupArgs, Command, ConfigCommand, DiffArgs, Instead, ListCommand, Output, RunArgs,
     },
     config::{self, File, kube_proxy::Logging},
     datapath::{
@@ -23,6 +21,7 @@ use crate::{
     },
     drift,
     kube_proxy::{self, Serves},
+    log::Log,
     print,
     probe::{self, Facts},
     render, run,
@@ -35,9 +34,13 @@ pub fn main(args: Args) -> Result<ExitCode> {
         Command::Run(options) => options.policy.file()?,
         _ => File::default(),
     };
-    start_log(&args, &file)?;
+    let logging = match &args.command {
+        Command::Run(options) => options.configuration(&file).logging,
+        _ => Logging::default(),
+    };
+    let log = Log::start(&args.log, args.log_format, &logging)?;
     let done = match args.command {
-        Command::Run(options) => run(*options, file, args.bpf_root, &pins),
+        Command::Run(options) => run(*options, file, args.bpf_root, &pins, &log),
         Command::Probe(options) => {
             let facts = Facts::read(&args.bpf_root, &args::cgroup_root(options.cgroup_root));
             probe::report(&facts, options.output.output)
@@ -67,7 +70,7 @@ pub fn main(args: Args) -> Result<ExitCode> {
 }
 
 /// Serves, or does what kube-proxy's options ask for instead.
-fn run(options: RunArgs, file: File, bpf_root: PathBuf, pins: &Pins) -> Result<()> {
+fn run(options: RunArgs, file: File, bpf_root: PathBuf, pins: &Pins, log: &Log) -> Result<()> {
     let configuration = options.configuration(&file);
     if let Some(path) = &options.policy.config {
         file.warn(path);
@@ -87,18 +90,17 @@ fn run(options: RunArgs, file: File, bpf_root: PathBuf, pins: &Pins) -> Result<(
     match options.instead() {
         Some(Instead::Cleanup) => cleanup(&CleanupArgs::of_kube_proxy(), pins),
         Some(Instead::Init) => {
-            config::set_conntrack(&settings.conntrack);
+            config::conntrack::set(&settings.conntrack);
             Ok(())
         }
         Some(Instead::WriteConfig(path)) => config::write(&configuration, &path),
         None => {
-            config::set_oom_score(settings.oom_score_adj);
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
                 .enable_all()
                 .build()
                 .context("start the async runtime")?;
-            runtime.block_on(run::run(options, file, bpf_root))
+            runtime.block_on(run::run(options, file, bpf_root, log))
         }
     }
 }
@@ -246,29 +248,6 @@ fn check_pinned(pins: &Pins) -> Result<()> {
              Other modes have no maps: see `nft list table ip kube-proxy` or iptables-save",
             pins.dir().display()
         );
-    }
-    Ok(())
-}
-
-/// Logs as the options say, or as kube-proxy's options and fields ask for.
-fn start_log(args: &Args, file: &File) -> Result<()> {
-    let logging = match &args.command {
-        Command::Run(options) => options.configuration(file).logging,
-        _ => Logging::default(),
-    };
-    let directives = match logging.verbosity.unwrap_or(0) {
-        8.. if args.log == args::DEFAULT_LOG => "trace",
-        4.. if args.log == args::DEFAULT_LOG => "debug",
-        _ => &args.log,
-    };
-    // They log each failed request, after we did and without a word of what it is about; `--log kube_client=debug` still can.
-    let quieter = format!("kube_client=off,kube_runtime=off,{directives}");
-    let filter = EnvFilter::try_new(quieter).with_context(|| format!("--log {directives}"))?;
-    let ansi = std::io::stderr().is_terminal();
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
-    match args.log_format {
-        LogFormat::Text if logging.format.as_deref() != Some("json") => log.with_target(false).init(),
-        LogFormat::Text | LogFormat::Json => log.json().init(),
     }
     Ok(())
 }

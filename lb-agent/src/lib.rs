@@ -9,6 +9,7 @@ pub mod convert;
 pub mod datapath;
 pub mod drift;
 pub mod kube_proxy;
+pub mod log;
 pub mod netlink;
 pub mod nfacct;
 pub mod nfnetlink;

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
     net::IpAddr,
     os::fd::AsRawFd,
     path::PathBuf,
@@ -43,6 +44,7 @@ use crate::{
         nftables::NftablesDatapath,
     },
     drift::dry_run::DryRun,
+    log::Log,
     netlink::{self, HostNetwork, Netlink},
     reconcile::Reconciler,
     reset::Resetter,
@@ -58,13 +60,42 @@ use crate::{
 
 /// What the programming thread is told.
 #[derive(Debug)]
-pub enum Input {
-    /// From the source; taken, it gives its place back.
-    Source(Report, Place),
+enum Input {
+    /// From the source; dropped, it gives its place back.
+    Source(Report, #[expect(dead_code, reason = "what counts is that it is dropped")] Place),
     /// This node's own addresses.
     Addresses(Vec<IpAddr>),
-    /// End.
-    Shutdown,
+}
+
+/// Tells the programming thread. Once it is dropped the thread ends, at the latest when it has written what it is writing.
+struct Teller {
+    inputs: std_mpsc::Sender<Input>,
+    _end: std_mpsc::Sender<Infallible>,
+}
+
+/// What the programming thread listens to.
+struct Listener {
+    inputs: std_mpsc::Receiver<Input>,
+    /// Says nothing, and is cut at the end.
+    end: std_mpsc::Receiver<Infallible>,
+}
+
+impl Teller {
+    fn channel() -> (Self, Listener) {
+        let ((inputs, listened), (end, ended)) = (std_mpsc::channel(), std_mpsc::channel());
+        (Self { inputs, _end: end }, Listener { inputs: listened, end: ended })
+    }
+
+    fn tell(&self, input: Input) -> Result<()> {
+        self.inputs.send(input).map_err(|_| anyhow!("the programming thread is gone"))
+    }
+}
+
+impl Listener {
+    /// Waits; returns whether it is time to end.
+    fn ends_within(&self, time: Duration) -> bool {
+        self.end.recv_timeout(time) == Err(std_mpsc::RecvTimeoutError::Disconnected)
+    }
 }
 
 /// Reports that may wait to be passed on.
@@ -72,13 +103,15 @@ const QUEUE: usize = 256;
 
 /// Serves the node until SIGTERM or SIGINT; a new configuration makes it begin anew. The datapath goes on serving all the
 /// while, and after that.
-pub async fn run(options: RunArgs, mut file: File, bpf_root: PathBuf) -> Result<()> {
+pub async fn run(options: RunArgs, mut file: File, bpf_root: PathBuf, log: &Log) -> Result<()> {
     let health = Arc::new(Health::default());
     let mut config = options.resolve(&file, &bpf_root)?;
     let mut last = None;
+    // For all that is served: what comes while one ends and the next begins counts.
+    let mut stop = Stop::new()?;
     loop {
-        health.set_configz(serde_json::to_value(options.configuration(&file))?);
-        match serve(&config, &options, &file, health.clone(), &mut last).await {
+        log.follow(&config.settings.logging);
+        match serve(&config, &options, &file, health.clone(), &mut last, &mut stop).await {
             Ok(Ended::Stopped) => return Ok(()),
             Ok(Ended::Reconfigured(changed)) => {
                 let (new, read) = *changed;
@@ -110,6 +143,7 @@ async fn serve(
     file: &File,
     health: Arc<Health>,
     last: &mut Option<Config>,
+    stop: &mut Stop,
 ) -> Result<Ended> {
     let pins = Pins::new(&config.bpf_root);
     let mut netlink = Netlink::connect(config.settings.devices.clone())?;
@@ -124,12 +158,15 @@ async fn serve(
     follow(&mut host, &network)?;
 
     health.start(config.node_name.clone(), config.mode, config.sync_period);
+    health.set_configz(config.in_force.clone());
+    config.settings.warn();
+    config::set_oom_score(config.settings.oom_score_adj);
     let (notices, noticed) = Notices::channel();
-    let (inputs, thread_inputs) = std_mpsc::channel();
+    let (teller, listener) = Teller::channel();
     let datapath = open_datapath(config, &config.rules, &health, host.as_ref().map(Host::growth))?;
     warn_of_forwarding();
     if !config.dry_run {
-        config::set_conntrack(&config.settings.conntrack);
+        config::conntrack::set(&config.settings.conntrack);
     }
     let programmed = Arc::new(Notify::new());
     let worker = {
@@ -137,18 +174,16 @@ async fn serve(
         let notices = notices.clone();
         thread::Builder::new()
             .name("program".into())
-            .spawn(move || Worker::new(&config, datapath, health, programmed, notices).work(&thread_inputs))
+            .spawn(move || Worker::new(&config, datapath, health, programmed, notices).work(&listener))
             .context("start the programming thread")?
     };
-    let send = |input| inputs.send(input).map_err(|_| anyhow!("the programming thread is gone"));
-    send(Input::Addresses(network.addresses.clone()))?;
+    teller.tell(Input::Addresses(network.addresses.clone()))?;
 
     let (reports, mut reported) = mpsc::channel(QUEUE);
     let mut source = tokio::spawn(start_source(config, health.calls(), reports, noticed));
     let servers = serve::start(config, health.clone(), pins.clone(), notices).await?;
     *last = None;
     let mut configuration = Watched::new(options, file, &config.bpf_root);
-    let mut stop = Stop::new()?;
     let mut addresses = network.addresses;
     let (room, mut next) = (Room::default(), None);
     let result = loop {
@@ -162,7 +197,7 @@ async fn serve(
             }
             Some(place) = room.place(next.as_ref()) => {
                 if let Some(report) = next.take() {
-                    send(Input::Source(report, place))?;
+                    teller.tell(Input::Source(report, place))?;
                 }
             }
             () = netlink.changed() => match netlink.read().await {
@@ -170,12 +205,14 @@ async fn serve(
                     follow(&mut host, &network)?;
                     if network.addresses != addresses {
                         addresses.clone_from(&network.addresses);
-                        send(Input::Addresses(network.addresses))?;
+                        teller.tell(Input::Addresses(network.addresses))?;
                     }
                 }
                 Err(error) => warn!(error = %format!("{error:#}"), "the node's network can't be read; the last state holds"),
             },
             () = programmed.notified(), if !config.dry_run => {
+                // Rules may have loaded it only now.
+                config::conntrack::set(&config.settings.conntrack);
                 if let Some(host) = &mut host {
                     host.take_new_flows()?;
                 }
@@ -195,9 +232,18 @@ async fn serve(
         }
     };
     source.abort();
+    drop(teller);
+    // It ends with what it is writing, which can take long: the servers answer until then.
+    let mut joined = tokio::task::spawn_blocking(|| worker.join());
+    let (joined, result) = tokio::select! {
+        joined = &mut joined => (joined, result),
+        signal = stop.wait() => {
+            info!(signal, "stopping once what is being written is written");
+            (joined.await, Ok(Ended::Stopped))
+        }
+    };
     servers.stop().await;
-    let _ = inputs.send(Input::Shutdown);
-    worker.join().map_err(|_| anyhow!("the programming thread panicked"))?;
+    joined?.map_err(|_| anyhow!("the programming thread panicked"))?;
     result
 }
 
@@ -387,7 +433,7 @@ fn netns_cookie() -> std::io::Result<u64> {
 const SO_NETNS_COOKIE: i32 = 71;
 
 /// The programming thread.
-pub struct Worker {
+struct Worker {
     compiler: Compiler,
     datapath: Box<dyn Datapath>,
     /// This node's name.
@@ -415,6 +461,8 @@ pub struct Worker {
     anew: bool,
     synced: bool,
     addressed: bool,
+    /// The cluster has a Node for every node, unlike folders of manifests.
+    needs_node: bool,
     /// Of sources, by their origin.
     warnings: BTreeMap<String, Vec<Warning>>,
     told: Told,
@@ -451,7 +499,7 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 
 impl Worker {
     /// Starts with an empty cluster.
-    pub fn new(
+    fn new(
         config: &Config,
         datapath: Box<dyn Datapath>,
         health: Arc<Health>,
@@ -478,6 +526,7 @@ impl Worker {
             anew: false,
             synced: false,
             addressed: false,
+            needs_node: matches!(config.source, SourceConfig::Kubernetes(_)),
             warnings: BTreeMap::new(),
             told: Told::default(),
             refused: BTreeSet::new(),
@@ -485,7 +534,7 @@ impl Worker {
     }
 
     /// Takes inputs until told to end.
-    pub fn work(mut self, inputs: &std_mpsc::Receiver<Input>) {
+    fn work(mut self, listener: &Listener) {
         let mut retry = None;
         let mut wait = RETRY.0;
         let mut first = true;
@@ -495,19 +544,18 @@ impl Worker {
             let check_every = self.datapath.check_every(self.sync_period);
             let patience = if self.is_retiring() { RETIRE_EVERY.min(check_every) } else { check_every };
             let patience = self.follow_up_in().map_or(patience, |due| due.min(patience));
-            let input = inputs.recv_timeout(retry.unwrap_or(patience));
+            let input = listener.inputs.recv_timeout(retry.unwrap_or(patience));
             match input {
-                Ok(Input::Shutdown) | Err(std_mpsc::RecvTimeoutError::Disconnected) => return,
+                Err(std_mpsc::RecvTimeoutError::Disconnected) => return,
                 Ok(input) => {
                     self.take(input);
                     // At once after a quiet time; else what comes meanwhile is written together.
-                    if let Some(written) = written {
-                        thread::sleep(self.interval.saturating_sub(written.elapsed()));
+                    let rest =
+                        written.map_or(Duration::ZERO, |at| self.interval.saturating_sub(at.elapsed()));
+                    if listener.ends_within(rest) {
+                        return;
                     }
-                    while let Ok(input) = inputs.try_recv() {
-                        if matches!(input, Input::Shutdown) {
-                            return;
-                        }
+                    while let Ok(input) = listener.inputs.try_recv() {
                         self.take(input);
                     }
                 }
@@ -555,7 +603,12 @@ impl Worker {
                 self.health.queued(&events);
                 events.into_iter().for_each(|event: Event| self.compiler.apply(event));
             }
-            Input::Source(Report::Synced, _) => self.synced = true,
+            Input::Source(Report::Synced, _) => {
+                self.synced = true;
+                if self.needs_node && self.compiler.node().is_none() {
+                    self.health.node_is_missing();
+                }
+            }
             Input::Source(Report::Warnings(origin, warnings), _) => {
                 let gone = self.warnings.remove(&origin).unwrap_or_default();
                 self.told.change(&WarningChanges { new: warnings.clone(), gone });
@@ -568,7 +621,6 @@ impl Worker {
                 self.health.queued_anew();
                 self.compiler.set_addresses(addresses);
             }
-            Input::Shutdown => {}
         }
     }
 
@@ -583,6 +635,7 @@ impl Worker {
             let rules = by.config.settings.rules_of(by.config.mode, &cidrs);
             self.datapath = open_datapath(&by.config, &rules, &self.health, None)?;
             by.known = Some(cidrs);
+            self.anew = true;
             self.pending.merge(Changes::all(self.compiler.table()));
         }
         Ok(())

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fs, time::Duration};
 
 use lb_test::{
-    cluster::{Cluster, Cni, node_ip, pod_ip},
+    cluster::{Cluster, Cni, node_ip, node_ip6, pod_ip},
     is_vm,
     load::Load,
     netns, until,
@@ -39,7 +39,17 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 #[test]
 fn a_changed_file_takes_effect_without_a_restart() {
-    let cluster = cluster(Cni::Routed, "mode: iptables\nclusterCIDR: 10.244.0.0/16");
+    let cluster = cluster(Cni::Routed, "mode: iptables\nclusterCIDR: 10.244.0.0/16\noomScoreAdj: 5");
+    let log = || fs::read_to_string(cluster.agent_log(1)).unwrap();
+    let oom_score =
+        || fs::read_to_string(format!("/proc/{}/oom_score_adj", cluster.agent_pid(1).unwrap())).unwrap();
+    let configz = |field: &str| {
+        let url = "http://127.0.0.1:10249/configz";
+        let said = netns::output(cluster.lab.command("node1", "curl").args(["-s", url])).unwrap();
+        let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+        said["kubeproxy.config.k8s.io"][field].clone()
+    };
+    assert_eq!((oom_score().trim(), configz("oomScoreAdj")), ("5", 5.into()));
     let clients = ["--connections", "10", "--udp", "0"];
     let load = Load::start(&cluster, ("pod12", None), "10.96.0.10:80", &clients).unwrap();
     let nat = || on_node1(&cluster, "iptables-save -t nat");
@@ -60,7 +70,6 @@ fn a_changed_file_takes_effect_without_a_restart() {
 
     // What can't be used changes nothing.
     cluster.configure("mode: kernelspace").unwrap();
-    let log = || fs::read_to_string(cluster.agent_log(1)).unwrap();
     let refused = "mode: \\\"kernelspace\\\" is not auto, ebpf, nftables, iptables or ipvs";
     until("the file is refused", LIMIT, || log().contains(refused));
     assert!(
@@ -77,6 +86,8 @@ fn a_changed_file_takes_effect_without_a_restart() {
         netns::output(cluster.lab.command("node1", "curl").args(healthz)).is_ok()
             && cluster.tcp("pod12", None, "10.96.0.10:80").unwrap().id.is_some()
     });
+    assert_eq!(configz("healthzBindAddress"), "0.0.0.0:10256", "what holds is shown");
+    assert_eq!(configz("oomScoreAdj"), -999);
 
     cluster
         .configure("mode: nftables\nclusterCIDR: 10.244.0.0/16\nconntrack: {tcpCloseWaitTimeout: 77s}")
@@ -87,14 +98,73 @@ fn a_changed_file_takes_effect_without_a_restart() {
     let timeout = on_node1(&cluster, "cat /proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait");
     assert_eq!(timeout.trim(), "77");
 
-    cluster.configure("lb: {mode: ebpf}").unwrap();
+    let before = log().len();
+    assert!(!log().contains("DEBUG"), "{}", log());
+    cluster.configure("lb: {mode: ebpf}\noomScoreAdj: 7\nlogging: {format: json, verbosity: 4}").unwrap();
     until("the programs serve", LIMIT, || {
         cluster.agent(1, &["service", "list"]).is_ok_and(|services| services.contains("10.96.0.10:80/TCP"))
     });
+    assert_eq!((oom_score().trim(), configz("logging")["format"].as_str()), ("7", Some("json")));
+    // The first lines are still of the time before.
+    let lines: Vec<String> =
+        log()[before..].lines().skip_while(|line| !line.starts_with('{')).map(str::to_owned).collect();
+    assert!(lines.len() > 2 && lines.iter().all(|line| line.starts_with('{')), "{lines:?}");
+    assert!(lines.iter().any(|line| line.contains("\"DEBUG\"")), "{lines:?}");
     // The same processes all the while, and no connection was cut.
     assert_eq!(log().matches("a new configuration").count(), 4, "{}", log());
     assert!(!log().contains("stopping"));
     load.stop_unharmed();
+}
+
+/// A Service goes while an agent that knew it ends and one that never did begins; a signal comes meanwhile.
+#[test]
+fn what_happens_while_an_agent_begins_anew_is_not_lost() {
+    let cluster = cluster(Cni::Routed, "mode: iptables\nclusterCIDR: 10.244.0.0/16");
+    let balanced = "kind: Service\nmetadata: {name: balanced}\nspec: {clusterIP: 10.96.0.20, type: LoadBalancer, externalTrafficPolicy: Local, healthCheckNodePort: 32100, ports: [{port: 80}]}\n";
+    let asked = |host: &str| {
+        let url = format!("http://{host}:32100/");
+        let curl = ["-s", "-m", "5", "-o", "/dev/null", "-w", "%{http_code}", &url];
+        let answer = cluster.lab.command("client", "curl").args(curl).output().unwrap();
+        String::from_utf8(answer.stdout).unwrap()
+    };
+    let begun = || fs::read_to_string(cluster.agent_log(1)).unwrap().matches("a new configuration").count();
+    let healthy = |host: &str| {
+        let url = format!("http://{host}:10256/healthz");
+        netns::output(cluster.lab.command("client", "curl").args(["-sf", "-m", "5", &url])).is_ok()
+    };
+    for turn in 1..=4 {
+        cluster.apply("balanced.yaml", balanced).unwrap();
+        for host in [node_ip(1), format!("[{}]", node_ip6(1))] {
+            until(&format!("{host} is asked"), LIMIT, || asked(&host) == "503" && healthy(&host));
+        }
+        cluster
+            .configure(&format!(
+                "mode: iptables\nclusterCIDR: 10.244.0.0/16\niptables: {{masqueradeBit: {turn}}}"
+            ))
+            .unwrap();
+        // Before the file is looked at, or while the agent begins anew.
+        std::thread::sleep(Duration::from_millis(30 * turn));
+        cluster.apply("balanced.yaml", "").unwrap();
+        until("it has begun anew", LIMIT, || begun() == turn as usize);
+        until("nobody is asked", LIMIT, || asked(&node_ip(1)) == "000");
+        until("the node is well", LIMIT, || healthy(&node_ip(1)));
+    }
+    // A write is awaited that is an hour away; nobody waits for that.
+    let slow = "mode: iptables\nclusterCIDR: 10.244.0.0/16\niptables: {minSyncPeriod: 1h, syncPeriod: 2h}";
+    cluster.configure(slow).unwrap();
+    until("it has begun anew", LIMIT, || begun() == 5 && healthy(&node_ip(1)));
+    cluster.apply("balanced.yaml", balanced).unwrap();
+    cluster.configure("mode: iptables\nclusterCIDR: 10.244.0.0/16").unwrap();
+    until("what waited is written", LIMIT, || asked(&node_ip(1)) == "503");
+    cluster.configure(slow).unwrap();
+    until("it has begun anew", LIMIT, || begun() == 7 && healthy(&node_ip(1)));
+    cluster.apply("balanced.yaml", "").unwrap();
+    let pid = cluster.agent_pid(1).unwrap();
+    // SAFETY: a plain system call; the child has not been waited for.
+    unsafe { libc::kill(pid as i32, libc::SIGTERM) };
+    until("it has ended", LIMIT, || {
+        fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default().is_empty()
+    });
 }
 
 /// Whom the endpoint sees.

@@ -11,6 +11,7 @@ use anyhow::{Result, bail};
 use clap::{Args as ClapArgs, ValueEnum, builder::BoolishValueParser};
 use lb_common::abi::TraceFilter;
 use lb_core::{compile::CompileConfig, rules};
+use serde_json::Value;
 use tracing::warn;
 
 use super::{
@@ -373,6 +374,8 @@ impl SourceConfig {
 pub struct Config {
     /// What file and options say.
     pub settings: Settings,
+    /// All of it, for `/configz`.
+    pub in_force: Value,
     /// This node's name.
     pub node_name: Arc<str>,
     /// Pins.
@@ -473,7 +476,8 @@ impl RunArgs {
 
     /// Resolves file and options against this machine.
     pub fn resolve(&self, file: &File, bpf_root: &Path) -> Result<Config> {
-        let mut settings = config::settings(&self.configuration(file))?;
+        let configuration = self.configuration(file);
+        let mut settings = config::settings(&configuration)?;
         let typed = &self.kube_proxy;
         settings.healthz = bound(settings.healthz, typed.healthz_bind_address.as_deref(), typed.healthz_port);
         settings.metrics = bound(settings.metrics, typed.metrics_bind_address.as_deref(), typed.metrics_port);
@@ -487,8 +491,10 @@ impl RunArgs {
             bail!("--trace-packets follows packets through BPF programs: run it with --mode ebpf");
         }
         settings.on_backend_gone = on_backend_gone(settings.mode, mode, settings.on_backend_gone)?;
+        let node_name: Arc<str> = Arc::from(node_name(settings.node_name.clone())?);
         Ok(Config {
-            node_name: Arc::from(node_name(settings.node_name.clone())?),
+            in_force: config::in_force::in_force(&configuration, &settings, mode, &node_name),
+            node_name,
             bpf_root: bpf_root.to_owned(),
             source: SourceConfig::new(
                 self.manifests.clone(),

@@ -5,7 +5,10 @@ use std::{ffi::OsString, path::Path};
 use clap::CommandFactory;
 
 use super::*;
-use crate::config::File;
+use crate::config::{
+    File,
+    conntrack::{MAX_CONNECTIONS, Sysctl},
+};
 
 #[test]
 fn the_command_line_is_consistent() {
@@ -83,8 +86,10 @@ fn kube_proxys_command_line_is_understood() {
     );
     let kept = run(&["kube-proxy", "--replace-kube-proxy=false"]);
     assert_eq!(kept.configuration(&File::default()).lb.replace_kube_proxy, Some(false));
-    assert!(config.settings.conntrack.contains(&("nf_conntrack_tcp_timeout_established", 8520)));
-    assert!(config.settings.conntrack.iter().all(|(sysctl, _)| *sysctl != "nf_conntrack_max"));
+    assert!(
+        config.settings.conntrack.contains(&Sysctl::exactly("nf_conntrack_tcp_timeout_established", 8520))
+    );
+    assert!(config.settings.conntrack.iter().all(|sysctl| sysctl.name != MAX_CONNECTIONS));
     // A subcommand of ours still works under that name.
     let words = ["kube-proxy", "probe"].map(OsString::from);
     assert_eq!(command_line(words.clone().into_iter()), words);

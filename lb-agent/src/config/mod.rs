@@ -1,28 +1,24 @@
 //! The configuration file: kube-proxy's own, read as it is, with a section of ours.
 
+pub mod conntrack;
 pub mod fields;
+pub mod in_force;
 pub mod kube_proxy;
 pub mod settings;
 #[cfg(test)]
 mod tests;
 pub mod watch;
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::Path};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use self::{fields::Here, kube_proxy::KubeProxyConfiguration, settings::Settings};
 
 const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 const KIND: &str = "KubeProxyConfiguration";
-
-/// The only one of conntrack's sysctls that counts for all network namespaces; it is raised, never lowered.
-const MAX_CONNECTIONS: &str = "nf_conntrack_max";
 
 /// A file, read.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -129,7 +125,10 @@ pub fn check(path: &Path, all: bool) -> Result<String> {
     if !unknown.is_empty() {
         text += &format!("unknown, without effect: {}\n", unknown.join(", "));
     }
-    settings(&file.configuration).with_context(|| path.display().to_string())?;
+    let settings = settings(&file.configuration).with_context(|| path.display().to_string())?;
+    for problem in &settings.not_looked_at {
+        text += &format!("wrong, but of a mode that is not asked for: {problem}\n");
+    }
     Ok(text)
 }
 
@@ -137,29 +136,6 @@ fn explained(here: Here) -> String {
     match here {
         Here::Does(what) => what.to_owned(),
         Here::Nothing(why) => format!("no meaning here: {why}"),
-    }
-}
-
-/// Sets conntrack's sysctls of this network namespace, as kube-proxy does. Without conntrack there are none.
-pub fn set_conntrack(sysctls: &[(&'static str, u64)]) {
-    let mut refused = Vec::new();
-    for (sysctl, value) in sysctls {
-        let path = PathBuf::from("/proc/sys/net/netfilter").join(sysctl);
-        let Ok(text) = fs::read_to_string(&path) else {
-            debug!(sysctl, "not there: conntrack is not loaded");
-            continue;
-        };
-        let now: u64 = text.trim().parse().unwrap_or(0);
-        if now == *value || (*sysctl == MAX_CONNECTIONS && now > *value) {
-            continue;
-        }
-        if let Err(error) = fs::write(&path, value.to_string()) {
-            refused.push(format!("net.netfilter.{sysctl}={value} ({error}, is {now})"));
-        }
-    }
-    // A container that is not privileged sees them read-only; nothing here depends on them.
-    if !refused.is_empty() {
-        info!(sysctls = refused.join(", "), "left as they are");
     }
 }
 

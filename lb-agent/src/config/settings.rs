@@ -17,8 +17,12 @@ use lb_core::{
     model::{LocalDetector, NodePortAddress},
     rules::{self, ipvs::Scheduler},
 };
+use tracing::warn;
 
-use super::kube_proxy::{Conntrack, KubeProxyConfiguration};
+use super::{
+    conntrack::{self, MAX_CONNECTIONS, Sysctl},
+    kube_proxy::{Conntrack, KubeProxyConfiguration, Logging},
+};
 use crate::{
     args::{LegacyExternalIp, Mode, ModeChoice, OnBackendGone},
     datapath::{
@@ -35,6 +39,18 @@ pub struct Problem {
     pub field: &'static str,
     /// What it should be.
     pub problem: String,
+}
+
+impl Problem {
+    /// kube-proxy checks the sections `ipvs` and `nftables` only if their mode is asked for (`validation.go`).
+    fn counts_in(&self, mode: ModeChoice) -> bool {
+        let asked = |of: Mode| mode == ModeChoice::Fixed(of);
+        match self.field.split_once('.') {
+            Some(("ipvs", _)) => asked(Mode::Ipvs),
+            Some(("nftables", _)) => asked(Mode::Nftables),
+            _ => true,
+        }
+    }
 }
 
 impl fmt::Display for Problem {
@@ -81,8 +97,10 @@ pub struct Settings {
     pub ipvs: IpvsConfig,
     /// `/proc/self/oom_score_adj`.
     pub oom_score_adj: i32,
-    /// Sysctls below `net/netfilter`, and their values.
-    pub conntrack: Vec<(&'static str, u64)>,
+    /// What is logged, and how.
+    pub logging: Logging,
+    /// How conntrack is set up.
+    pub conntrack: Vec<Sysctl>,
     /// How programs are attached.
     pub modes: Modes,
     /// Devices.
@@ -108,13 +126,17 @@ pub struct Settings {
     ipvs_mode: OfMode,
     nftables: OfMode,
     min_sync_period: Duration,
+    /// What is wrong in sections of modes that are not asked for; defaults hold there.
+    pub not_looked_at: Vec<Problem>,
 }
 
 /// Ours: a write costs microseconds, and what changes while one goes on is written together.
 const MIN_SYNC_PERIOD: Duration = Duration::from_millis(5);
 const SYNC_PERIOD: Duration = Duration::from_secs(30);
 /// On in Kubernetes 1.36, where it is new; KEP-5707 turns it off later.
-const EXTERNAL_IPS: &str = "AllowServiceExternalIPs";
+pub(super) const EXTERNAL_IPS: &str = "AllowServiceExternalIPs";
+/// kube-proxy `--iptables-masquerade-bit`.
+const MASQUERADE_BIT: u32 = 14;
 /// kube-proxy `--oom-score-adj`.
 const OOM_SCORE_ADJ: i32 = -999;
 const HEALTHZ_PORT: u16 = 10256;
@@ -140,7 +162,7 @@ impl Settings {
             Some(mode) => mode,
             None => p.optional("mode", &file.mode, ModeChoice::ALL_NAMES, mode).unwrap_or(ModeChoice::Auto),
         };
-        let settings = Self {
+        let mut settings = Self {
             mode,
             node_name: given(&file.hostname_override).map(|name| name.trim().to_lowercase()),
             kubeconfig: given(&file.client_connection.kubeconfig).map(PathBuf::from),
@@ -156,7 +178,7 @@ impl Settings {
                     .optional(
                         "ipvs.scheduler",
                         &file.ipvs.scheduler,
-                        "a scheduler of IPVS: rr, wrr, lc, wlc, sh, dh, mh, sed, nq",
+                        "a scheduler of IPVS: rr, wrr, lc, wlc, lblc, lblcr, sh, dh, mh, sed, nq",
                         |text| Scheduler::ALL.into_iter().find(|one| one.name() == text),
                     )
                     .unwrap_or_default(),
@@ -170,6 +192,7 @@ impl Settings {
                 },
             },
             oom_score_adj: p.between("oomScoreAdj", file.oom_score_adj, -1000, 1000).unwrap_or(OOM_SCORE_ADJ),
+            logging: file.logging.clone(),
             conntrack: p.conntrack(&file.conntrack),
             modes: Modes {
                 xdp: p.choice("lb.xdpMode", &file.lb.xdp_mode).unwrap_or(XdpMode::Auto),
@@ -220,18 +243,28 @@ impl Settings {
                 min_sync_period: p.period("nftables.minSyncPeriod", file.nftables.min_sync_period),
             },
             min_sync_period: p.period("lb.minSyncPeriod", file.lb.min_sync_period).unwrap_or(MIN_SYNC_PERIOD),
+            not_looked_at: Vec::new(),
         };
         for (field, of) in [
-            ("iptables.minSyncPeriod", settings.iptables),
-            ("ipvs.minSyncPeriod", settings.ipvs_mode),
-            ("nftables.minSyncPeriod", settings.nftables),
+            ("iptables.minSyncPeriod", &mut settings.iptables),
+            ("ipvs.minSyncPeriod", &mut settings.ipvs_mode),
+            ("nftables.minSyncPeriod", &mut settings.nftables),
         ] {
-            if of.min_sync_period.is_some_and(|min| min > of.sync_period) {
+            if of.min_sync_period.take_if(|min| *min > of.sync_period).is_some() {
                 p.add(field, "must not be longer than syncPeriod".into());
             }
         }
         problems.0.dedup();
-        if problems.0.is_empty() { Ok(settings) } else { Err(problems.0) }
+        let (wrong, not_looked_at) = problems.0.into_iter().partition(|problem| problem.counts_in(mode));
+        settings.not_looked_at = not_looked_at;
+        if wrong.is_empty() { Ok(settings) } else { Err(wrong) }
+    }
+
+    /// Names what is wrong and does not matter now.
+    pub fn warn(&self) {
+        for problem in &self.not_looked_at {
+            warn!(%problem, "wrong, but of a mode that is not asked for: the default holds");
+        }
     }
 
     fn of_mode(&self, mode: Mode) -> OfMode {
@@ -339,6 +372,7 @@ impl Problems {
         let value = value?;
         if value.is_negative() {
             self.add(field, "must not be negative".into());
+            return None;
         }
         Some(Duration::from(value)).filter(|time| !time.is_zero())
     }
@@ -353,16 +387,13 @@ impl Problems {
         let value = value?;
         if !(first..=last).contains(&value) {
             self.add(field, format!("{value} is not within {first} and {last}"));
+            return None;
         }
         Some(value)
     }
 
     fn bit(&mut self, field: &'static str, value: Option<u32>) -> u32 {
-        let bit = value.unwrap_or(14);
-        if bit > 31 {
-            self.add(field, format!("{bit} is not within 0 and 31"));
-        }
-        bit.min(31)
+        self.between(field, value, 0, 31).unwrap_or(MASQUERADE_BIT)
     }
 
     /// An address with or without a port.
@@ -437,37 +468,39 @@ impl Problems {
     }
 
     /// kube-proxy's values (`cmd/kube-proxy/app/conntrack.go`, `server_linux.go` `setupConntrack`).
-    fn conntrack(&mut self, file: &Conntrack) -> Vec<(&'static str, u64)> {
+    fn conntrack(&mut self, file: &Conntrack) -> Vec<Sysctl> {
         let mut sysctls = Vec::new();
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
-        let per_cpu = file.max_per_core.unwrap_or(32 * 1024);
+        let per_cpu = file.max_per_core.unwrap_or(conntrack::MAX_PER_CORE);
         if per_cpu > 0 {
-            let least = file.min.unwrap_or(128 * 1024);
-            sysctls.push((super::MAX_CONNECTIONS, (u64::from(per_cpu) * cpus).max(least.into())));
+            let least = file.min.unwrap_or(conntrack::MAX_AT_LEAST);
+            let value = (u64::from(per_cpu) * cpus).max(least.into());
+            // Who has made it larger meant it, unless the file says otherwise.
+            let at_least = file.max_per_core.or(file.min).is_none();
+            sysctls.push(Sysctl { name: MAX_CONNECTIONS, value, at_least });
         }
-        let (day, hour) = (Duration::from_secs(24 * 3600), Duration::from_secs(3600));
         let timeouts = [
             (
                 "nf_conntrack_tcp_timeout_established",
                 "conntrack.tcpEstablishedTimeout",
                 file.tcp_established_timeout,
-                Some(day),
+                Some(conntrack::TCP_ESTABLISHED),
             ),
             (
                 "nf_conntrack_tcp_timeout_close_wait",
                 "conntrack.tcpCloseWaitTimeout",
                 file.tcp_close_wait_timeout,
-                Some(hour),
+                Some(conntrack::TCP_CLOSE_WAIT),
             ),
             ("nf_conntrack_udp_timeout", "conntrack.udpTimeout", file.udp_timeout, None),
             ("nf_conntrack_udp_timeout_stream", "conntrack.udpStreamTimeout", file.udp_stream_timeout, None),
         ];
         for (sysctl, field, value, default) in timeouts {
             let time = if value.is_some() { self.period(field, value) } else { default };
-            sysctls.extend(time.map(|time| (sysctl, time.as_secs())));
+            sysctls.extend(time.map(|time| Sysctl::exactly(sysctl, time.as_secs())));
         }
         if file.tcp_be_liberal == Some(true) {
-            sysctls.push(("nf_conntrack_tcp_be_liberal", 1));
+            sysctls.push(Sysctl::exactly("nf_conntrack_tcp_be_liberal", 1));
         }
         sysctls
     }

@@ -7,7 +7,10 @@ use lb_core::model::{LocalDetector, NodePortAddress};
 use super::*;
 use crate::{
     args::{Mode, ModeChoice},
-    config::settings::DetectLocal,
+    config::{
+        conntrack::{MAX_CONNECTIONS, Sysctl},
+        settings::DetectLocal,
+    },
 };
 
 const KUBEADM: &str = include_str!("../../tests/config/kubeadm.yaml");
@@ -43,10 +46,12 @@ fn kubeadms_file_is_used_as_it_is() {
     assert_eq!(settings.detect_local, DetectLocal::By(pods));
     assert_eq!((settings.oom_score_adj, settings.node_name.as_deref()), (-999, None));
     let timeouts: Vec<_> =
-        settings.conntrack.iter().filter(|(sysctl, _)| *sysctl != MAX_CONNECTIONS).collect();
-    let (established, close_wait) =
-        ("nf_conntrack_tcp_timeout_established", "nf_conntrack_tcp_timeout_close_wait");
-    assert_eq!(timeouts, [&(established, 86_400), &(close_wait, 3600)]);
+        settings.conntrack.iter().filter(|sysctl| sysctl.name != MAX_CONNECTIONS).collect();
+    let established = Sysctl::exactly("nf_conntrack_tcp_timeout_established", 86_400);
+    let close_wait = Sysctl::exactly("nf_conntrack_tcp_timeout_close_wait", 3600);
+    assert_eq!(timeouts, [&established, &close_wait]);
+    let raised_only = settings.conntrack.iter().find(|sysctl| sysctl.name == MAX_CONNECTIONS);
+    assert!(raised_only.is_some_and(|sysctl| sysctl.at_least && sysctl.value >= 131_072), "{raised_only:?}");
     for mode in [Mode::Ebpf, Mode::Iptables, Mode::Ipvs, Mode::Nftables] {
         assert_eq!(settings.min_sync_period(mode), Duration::from_millis(5));
         assert_eq!(settings.sync_period(mode), Duration::from_secs(30));
@@ -88,8 +93,10 @@ fn each_field_means_what_it_means_to_kube_proxy() {
     assert_eq!(iptables.pods, LocalDetector::Bridge("cni0".into()));
     assert_eq!(settings.compile(Mode::Ebpf).node_port_addresses.len(), 3);
     assert_eq!(settings.compile(Mode::Ebpf).node_ip, "2001:db8::1".parse().ok());
-    let of =
-        |name: &str| settings.conntrack.iter().find(|(sysctl, _)| *sysctl == name).map(|(_, value)| *value);
+    let of = |name: &str| {
+        let exactly = settings.conntrack.iter().find(|sysctl| sysctl.name == name && !sysctl.at_least);
+        exactly.map(|sysctl| sysctl.value)
+    };
     assert_eq!(of("nf_conntrack_tcp_timeout_established"), None);
     assert_eq!((of("nf_conntrack_udp_timeout"), of("nf_conntrack_tcp_be_liberal")), (Some(30), Some(1)));
     assert_eq!(of(MAX_CONNECTIONS), Some(77));
@@ -105,8 +112,8 @@ fn all_that_is_wrong_is_named_at_once() {
     for (fields, says) in [
         ("mode: kernelspace", "mode: \"kernelspace\" is not auto, ebpf, nftables, iptables or ipvs"),
         (
-            "ipvs: {scheduler: lblc}\noomScoreAdj: 2000",
-            "ipvs.scheduler: \"lblc\" is not a scheduler of IPVS: rr, wrr, lc, wlc, sh, dh, mh, sed, nq; oomScoreAdj: 2000 is not within -1000 and 1000",
+            "mode: ipvs\nipvs: {scheduler: best}\noomScoreAdj: 2000",
+            "ipvs.scheduler: \"best\" is not a scheduler of IPVS: rr, wrr, lc, wlc, lblc, lblcr, sh, dh, mh, sed, nq; oomScoreAdj: 2000 is not within -1000 and 1000",
         ),
         ("clusterCIDR: 10.0.0.0/8,11.0.0.0/8", "clusterCIDR: has more than one range of a family"),
         ("nodePortAddresses: [eth0]", "nodePortAddresses: \"eth0\" is not a CIDR, primary, localhost or all"),
@@ -119,6 +126,10 @@ fn all_that_is_wrong_is_named_at_once() {
             "iptables.minSyncPeriod: must not be longer than syncPeriod",
         ),
         ("iptables: {masqueradeBit: 32}", "iptables.masqueradeBit: 32 is not within 0 and 31"),
+        (
+            "mode: nftables\nnftables: {syncPeriod: 1s, minSyncPeriod: 2s}",
+            "nftables.minSyncPeriod: must not be longer than syncPeriod",
+        ),
         ("conntrack: {tcpCloseWaitTimeout: -1s}", "conntrack.tcpCloseWaitTimeout: must not be negative"),
         (
             "conntrack: {udpTimeout: 10}",
@@ -134,6 +145,89 @@ fn all_that_is_wrong_is_named_at_once() {
     }
     let other = File::parse("apiVersion: v1\nkind: ConfigMap\n").expect_err("another kind");
     assert!(other.to_string().contains("\"ConfigMap\""), "{other}");
+}
+
+#[test]
+fn modes_that_are_not_asked_for_may_be_wrong() {
+    let wrong = "ipvs: {scheduler: best, udpTimeout: -1s}\nnftables: {masqueradeBit: 32, syncPeriod: 1s, minSyncPeriod: 2s}";
+    let of_ipvs =
+        ["ipvs.scheduler: \"best\" is not a scheduler", "ipvs.udpTimeout: must not be negative"].as_slice();
+    let of_nftables =
+        ["nftables.masqueradeBit: 32 is not within 0 and 31", "nftables.minSyncPeriod: must not be"]
+            .as_slice();
+    for (mode, warned, refused) in [
+        ("", [of_ipvs, of_nftables].concat(), &[][..]),
+        ("mode: ebpf", [of_ipvs, of_nftables].concat(), &[]),
+        ("mode: iptables", [of_ipvs, of_nftables].concat(), &[]),
+        ("mode: nftables", Vec::new(), of_nftables),
+        ("mode: ipvs", Vec::new(), of_ipvs),
+    ] {
+        let said = match Settings::of(&file(&format!("{mode}\n{wrong}")).configuration) {
+            Ok(settings) => {
+                // Its defaults hold.
+                assert_eq!(settings.rules(Mode::Nftables).masquerade_mark, 1 << 14);
+                assert_eq!(settings.min_sync_period(Mode::Nftables), Duration::from_millis(5));
+                assert_eq!((settings.ipvs.scheduler.name(), settings.ipvs.timeouts.udp), ("rr", 0));
+                assert!(refused.is_empty(), "{mode}");
+                settings.not_looked_at
+            }
+            Err(problems) => {
+                assert!(!refused.is_empty(), "{mode}: {problems:?}");
+                problems
+            }
+        };
+        let wanted = if refused.is_empty() { warned } else { refused.to_vec() };
+        let said: Vec<String> = said.iter().map(ToString::to_string).collect();
+        let fits = said.iter().zip(&wanted).all(|(said, wanted)| said.starts_with(wanted));
+        assert!(said.len() == wanted.len() && fits, "{mode}: {said:?}");
+    }
+}
+
+#[test]
+fn all_that_is_in_force_is_shown() {
+    let shown = |fields: &str, mode: Mode| {
+        let given = file(fields).configuration;
+        in_force::in_force(&given, &settings(&given).expect("a configuration"), mode, "node-1")
+    };
+    let by_default = shown("mode: ''", Mode::Nftables);
+    for (path, value) in [
+        ("mode", serde_json::json!("nftables")),
+        ("hostnameOverride", "node-1".into()),
+        ("bindAddress", "0.0.0.0".into()),
+        ("healthzBindAddress", "0.0.0.0:10256".into()),
+        ("metricsBindAddress", "127.0.0.1:10249".into()),
+        ("nodePortAddresses", serde_json::json!(["primary"])),
+        ("oomScoreAdj", (-999).into()),
+        ("iptables.masqueradeBit", 14.into()),
+        ("iptables.localhostNodePorts", true.into()),
+        ("ipvs.scheduler", "rr".into()),
+        ("nftables.syncPeriod", "30s".into()),
+        ("nftables.minSyncPeriod", "5ms".into()),
+        ("conntrack.maxPerCore", 32_768.into()),
+        ("conntrack.tcpCloseWaitTimeout", "3600s".into()),
+        ("featureGates.AllowServiceExternalIPs", true.into()),
+        ("logging.format", "text".into()),
+        ("lb.onBackendGone", "keep".into()),
+    ] {
+        let pointer = format!("/{}", path.replace('.', "/"));
+        assert_eq!(by_default.pointer(&pointer), Some(&value), "{path}: {by_default:#}");
+    }
+    assert!(!by_default.to_string().contains("null"), "{by_default}");
+    // What is given stays, and can be read again for the same.
+    let given = "mode: ipvs\nipvs: {scheduler: mh, tcpTimeout: 90s}\nnftables: {masqueradeBit: 3}\n\
+                 conntrack: {min: 1}\nhealthzBindAddress: '::1'\nlogging: {verbosity: 4}";
+    let once = shown(given, Mode::Ipvs);
+    let text = format!(
+        "apiVersion: {API_VERSION}\nkind: {KIND}\n{}",
+        serde_yaml_ng::to_string(&once).expect("YAML")
+    );
+    let read = File::parse(&text).expect("a file").configuration;
+    assert_eq!((read.ipvs.scheduler.as_deref(), read.nftables.masquerade_bit), (Some("mh"), Some(3)));
+    assert_eq!(read.healthz_bind_address.as_deref(), Some("[::1]:10256"));
+    assert_eq!(
+        once,
+        in_force::in_force(&read, &settings(&read).expect("a configuration"), Mode::Ipvs, "node-1")
+    );
 }
 
 #[test]

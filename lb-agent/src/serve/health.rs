@@ -118,6 +118,11 @@ impl Health {
         self.metrics.queued();
     }
 
+    /// The cluster has no Node of this name: as if it were deleted.
+    pub fn node_is_missing(&self) {
+        self.lock().eligible = false;
+    }
+
     /// Something else that the kernel has to follow changed.
     pub fn queued_anew(&self) {
         self.lock().wait();

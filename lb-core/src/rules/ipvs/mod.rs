@@ -48,6 +48,8 @@ pub enum Scheduler {
     Wrr,
     Lc,
     Wlc,
+    Lblc,
+    Lblcr,
     Sh,
     Dh,
     Mh,
@@ -57,8 +59,19 @@ pub enum Scheduler {
 
 impl Scheduler {
     /// All of them.
-    pub const ALL: [Self; 9] =
-        [Self::Rr, Self::Wrr, Self::Lc, Self::Wlc, Self::Sh, Self::Dh, Self::Mh, Self::Sed, Self::Nq];
+    pub const ALL: [Self; 11] = [
+        Self::Rr,
+        Self::Wrr,
+        Self::Lc,
+        Self::Wlc,
+        Self::Lblc,
+        Self::Lblcr,
+        Self::Sh,
+        Self::Dh,
+        Self::Mh,
+        Self::Sed,
+        Self::Nq,
+    ];
 
     /// As ipvsadm and the kernel's module names have it.
     pub const fn name(self) -> &'static str {
@@ -67,6 +80,8 @@ impl Scheduler {
             Self::Wrr => "wrr",
             Self::Lc => "lc",
             Self::Wlc => "wlc",
+            Self::Lblc => "lblc",
+            Self::Lblcr => "lblcr",
             Self::Sh => "sh",
             Self::Dh => "dh",
             Self::Mh => "mh",
@@ -82,6 +97,8 @@ impl Scheduler {
             Self::Wrr => "Round robin by weight",
             Self::Lc => "Fewest connections",
             Self::Wlc => "Fewest connections by weight",
+            Self::Lblc => "Always the same for a dialled address, unless that has too many connections",
+            Self::Lblcr => "One of a few that a dialled address has",
             Self::Sh => "By a hash of the source",
             Self::Dh => "By a hash of the destination",
             Self::Mh => "Maglev, by a hash of source address and port",
