@@ -16,6 +16,7 @@ pub mod object;
 pub mod packet;
 pub mod plot;
 pub mod talk;
+pub mod world;
 
 /// A time limit as this machine needs it: the usual one, times `LB_TEST_SLOW`, which is set where all is slower (the
 /// test VM). Not for what the kernel times itself, such as a retransmission.

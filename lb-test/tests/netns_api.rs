@@ -1,7 +1,6 @@
 //! The agent and an API server, over HTTP and TLS: what is served, whatever the server does.
 
 use std::{
-    collections::BTreeMap,
     fs,
     net::TcpListener,
     sync::atomic::{AtomicBool, Ordering},
@@ -10,141 +9,11 @@ use std::{
 
 use lb_test::{
     apiserver::{ApiServer, Blow, Fault, Gone, Kind, TOKEN, Verb},
-    cluster::{CLIENT, Cluster, Cni, finish, node_ip, node_manifests, pod_ip},
+    cluster::{CLIENT, finish, node_ip, node_manifests, pod_ip},
     netns, patience,
+    world::{World, frontend, service, slice, whole},
 };
 use serde_json::{Value, json};
-
-/// Long enough for the longest wait between two tries of the agent's, and for a request that gets no answer.
-const LONG: Duration = Duration::from_secs(120);
-
-/// A cluster whose first node has an agent that watches an API server, which runs beside the client.
-struct World {
-    cluster: Cluster,
-    server: ApiServer,
-}
-
-impl World {
-    /// Nodes, pods that serve, and an API server that knows the nodes; no agent yet.
-    fn new() -> Self {
-        let mut cluster = Cluster::new(Cni::Bridge, 2).unwrap();
-        cluster.serve("pod11", 8080).unwrap();
-        cluster.serve("pod21", 8080).unwrap();
-        let server =
-            ApiServer::start(&cluster.lab, "client", format!("{CLIENT}:6443").parse().unwrap()).unwrap();
-        server.put(&node_manifests()).unwrap();
-        cluster.kubeconfig = Some(server.kubeconfig().unwrap());
-        Self { cluster, server }
-    }
-
-    /// The same with these objects, and an agent that serves them.
-    fn with(objects: &str) -> Self {
-        let mut world = Self::new();
-        world.server.put(objects).unwrap();
-        world.start();
-        world
-    }
-
-    fn start(&mut self) {
-        let started = Instant::now();
-        self.cluster.start_agent(1).unwrap();
-        println!("agent started and programmed: {:?}", started.elapsed());
-    }
-
-    /// Backends by frontend, from the pinned maps.
-    fn served(&self) -> BTreeMap<String, Vec<String>> {
-        let listed = || self.cluster.agent(1, &["service", "list", "-o", "json"]);
-        // A backend may go between two reads of the maps.
-        let text = (0..5).find_map(|_| listed().ok()).expect("the pinned maps can be read");
-        let rows: Vec<Value> = serde_json::from_str(&text).unwrap();
-        let backends = |row: &Value| serde_json::from_value(row["internal"].clone()).unwrap();
-        rows.iter().map(|row| (row["frontend"].as_str().unwrap().to_owned(), backends(row))).collect()
-    }
-
-    fn serves(&self, number: u8) -> bool {
-        self.served().contains_key(&frontend(number))
-    }
-
-    /// Waits until the node serves so, and says how long it took.
-    fn until(&self, what: &str, holds: impl Fn(&BTreeMap<String, Vec<String>>) -> bool) {
-        self.wait(what, || holds(&self.served()));
-    }
-
-    fn until_logged(&self, what: &str) {
-        self.wait(&format!("log: {what}"), || self.log().contains(what));
-    }
-
-    fn wait(&self, what: &str, holds: impl Fn() -> bool) {
-        let started = Instant::now();
-        while !holds() {
-            assert!(started.elapsed() < patience(LONG), "never: {what}\n{}", self.cluster.log_tail(1));
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        println!("{what}: {:?}", started.elapsed());
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.cluster.agent_log(1)).unwrap()
-    }
-
-    /// How often everything of a kind was asked for.
-    fn lists(&self, kind: Kind) -> usize {
-        self.server.count(kind, Verb::List) + self.server.count(kind, Verb::WatchList)
-    }
-
-    /// How many answers with this code the agent has counted.
-    fn answers(&self, code: &str) -> u64 {
-        let curl = ["-sS", "http://127.0.0.1:10249/metrics"];
-        let page = netns::output(self.cluster.lab.command("node1", "curl").args(curl)).unwrap();
-        let name =
-            format!("rest_client_requests_total{{code=\"{code}\",host=\"{CLIENT}:6443\",method=\"GET\"}} ");
-        page.lines().find_map(|line| line.strip_prefix(&name)).map_or(0, |count| count.parse().unwrap())
-    }
-
-    /// A connection from a pod of the node: who answers?
-    fn asked(&self, number: u8) -> Option<String> {
-        self.cluster.tcp("pod12", None, &format!("10.96.0.{number}:80")).unwrap().id
-    }
-
-    /// Of the agent's process, in KiB: `VmRSS`, `VmHWM`.
-    fn memory(&self, field: &str) -> u64 {
-        let pid = self.cluster.agent_pid(1).unwrap();
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix(&format!("{field}:"))).unwrap();
-        line.trim().trim_end_matches(" kB").parse().unwrap()
-    }
-
-    /// Notes of the Events on an object.
-    fn notes_on(&self, name: &str) -> Vec<String> {
-        let events = self.server.events();
-        let on = events.iter().filter(|event| event["regarding"]["name"] == name);
-        on.map(|event| event["note"].as_str().unwrap_or_default().to_owned()).collect()
-    }
-}
-
-fn frontend(number: u8) -> String {
-    format!("10.96.0.{number}:80/TCP")
-}
-
-fn service(number: u8, more: &str) -> String {
-    format!(
-        "kind: Service\nmetadata: {{name: s{number}, {more}}}\nspec: {{clusterIP: 10.96.0.{number}, ports: [{{name: http, port: 80}}]}}\n---\n"
-    )
-}
-
-fn slice(number: u8, addresses: &[&str]) -> String {
-    let endpoints: Vec<String> =
-        addresses.iter().map(|address| format!("{{addresses: [{address}]}}")).collect();
-    format!(
-        "kind: EndpointSlice\nmetadata: {{name: s{number}-a, labels: {{kubernetes.io/service-name: s{number}}}}}\naddressType: IPv4\nports: [{{name: http, port: 8080}}]\nendpoints: [{}]\n---\n",
-        endpoints.join(", ")
-    )
-}
-
-/// A Service with one endpoint, in pod11.
-fn whole(number: u8) -> String {
-    service(number, "") + &slice(number, &[&pod_ip(1, 1)])
-}
 
 /// Asks the API server from a node; the answer's code, and its lines.
 fn get(world: &World, token: &str, path: &str) -> (u16, Vec<Value>) {
@@ -765,6 +634,25 @@ fn a_forbidden_kind_is_named() {
     world.server.allow_all();
     world.cluster.wait_until_healthy(1).unwrap();
     assert_eq!(world.asked(10).as_deref(), Some("pod11"));
+}
+
+/// Nobody is to send to a node that has left the cluster, also if its agent began after that.
+#[test]
+fn an_agent_without_a_node_is_not_eligible() {
+    let mut world = World::new();
+    world.server.delete(Kind::Node, "", "node1");
+    world.server.put(&whole(10)).unwrap();
+    world.cluster.launch_agent(1).unwrap();
+    let healthz = || {
+        let url = "http://127.0.0.1:10256/healthz";
+        let said = netns::output(world.cluster.lab.command("node1", "curl").args(["-s", url]));
+        serde_json::from_str(&said.unwrap_or_default()).unwrap_or(Value::Null)
+    };
+    world.wait("it is programmed", || healthz()["healthy"] == true);
+    assert_eq!(healthz()["nodeEligible"], false);
+    assert_eq!(world.asked(10).as_deref(), Some("pod11"), "it serves");
+    world.server.put(&node_manifests()).unwrap();
+    world.wait("its Node comes", || healthz()["nodeEligible"] == true);
 }
 
 #[test]

@@ -26,6 +26,10 @@ pub struct Rules {
     owners: Owners,
     /// Digests of chains that service ports share, and how many rules are in them.
     shared: BTreeMap<Chain, (u64, usize)>,
+    /// Digest of what stands in them once.
+    base: u64,
+    /// Rules in service ports' own chains.
+    own_rules: usize,
     endpoints: usize,
     large: bool,
 }
@@ -71,6 +75,8 @@ impl Rules {
             ports: BTreeMap::new(),
             owners: Owners::default(),
             shared: BTreeMap::new(),
+            base: 0,
+            own_rules: 0,
             endpoints: 0,
             large: false,
         }
@@ -99,10 +105,21 @@ impl Rules {
             self.large = large;
             touched.extend(self.ports.keys().cloned());
         }
+        let mut shared = false;
         for id in &touched {
-            self.rewrite(table, id, &mut transaction);
+            shared |= self.rewrite(table, id, &mut transaction);
         }
-        self.rewrite_shared(table, &mut transaction);
+        // Endpoints come and go in chains of their own.
+        let base = iptables::base(table, self.family, &self.config);
+        let base: BTreeMap<&Chain, Vec<String>> = base
+            .iter()
+            .map(|(chain, rules)| (chain, rules.iter().map(ToString::to_string).collect()))
+            .collect();
+        let base_digest = digest(&base);
+        if shared || base_digest != self.base {
+            self.base = base_digest;
+            self.rewrite_shared(&base, &mut transaction);
+        }
         transaction
     }
 
@@ -114,12 +131,12 @@ impl Rules {
 
     /// How many rules a table has in these chains now.
     pub fn count(&self, table: Table) -> usize {
-        let own = self.ports.values().map(|written| written.own_rules).sum();
         let shared = self.shared.iter().filter(|((of, _), _)| *of == table).map(|(_, (_, rules))| rules);
-        shared.sum::<usize>() + if table == Table::Nat { own } else { 0 }
+        shared.sum::<usize>() + if table == Table::Nat { self.own_rules } else { 0 }
     }
 
-    fn rewrite(&mut self, table: &ServiceTable, id: &ServicePortId, transaction: &mut Transaction) {
+    /// Rewrites a service port's own chains. Returns whether its lines in shared ones changed.
+    fn rewrite(&mut self, table: &ServiceTable, id: &ServicePortId, transaction: &mut Transaction) -> bool {
         let before = self.ports.remove(id).unwrap_or_default();
         let frontends = self.owners.frontends(table, id);
         let rules = match table.services.get(id) {
@@ -146,24 +163,22 @@ impl Rules {
         for chain in before.own.keys().filter(|chain| !written.own.contains_key(*chain)) {
             transaction.delete(Table::Nat, chain.clone());
         }
+        self.own_rules = self.own_rules - before.own_rules + written.own_rules;
+        let changed = before.shared != written.shared;
         if table.services.contains_key(id) {
             self.ports.insert(id.clone(), written);
         }
+        changed
     }
 
-    /// Rewrites the chains of all service ports, with what stands in them once.
-    fn rewrite_shared(&mut self, table: &ServiceTable, transaction: &mut Transaction) {
-        let base = iptables::base(table, self.family, &self.config);
+    /// Rewrites the chains of all service ports, with what stands in them once, after that.
+    fn rewrite_shared(&mut self, base: &BTreeMap<&Chain, Vec<String>>, transaction: &mut Transaction) {
         let mut lines: BTreeMap<Chain, Vec<&str>> =
-            base.keys().map(|chain| (chain.clone(), Vec::new())).collect();
-        let last: BTreeMap<&Chain, Vec<String>> = base
-            .iter()
-            .map(|(chain, rules)| (chain, rules.iter().map(ToString::to_string).collect()))
-            .collect();
+            base.keys().map(|chain| ((*chain).clone(), Vec::new())).collect();
         for (of, chain, line) in self.ports.values().flat_map(|written| &written.shared) {
             lines.entry((*of, Arc::from(*chain))).or_default().push(line);
         }
-        for (chain, rules) in &last {
+        for (chain, rules) in base {
             lines.entry((*chain).clone()).or_default().extend(rules.iter().map(String::as_str));
         }
         for (chain, lines) in lines {
