@@ -106,7 +106,12 @@ pub const FIELDS: &[(&str, Here)] = &[
         ),
     ),
     ("oomScoreAdj", Does("how the kernel's OOM killer weighs the agent; -999 if not given")),
-    ("conntrack.maxPerCore", Does("net.netfilter.nf_conntrack_max for each CPU; 0 leaves it")),
+    (
+        "conntrack.maxPerCore",
+        Does(
+            "net.netfilter.nf_conntrack_max for each CPU, with a hash table to suit; 0 leaves it. If neither this nor min is given, the maximum is raised only",
+        ),
+    ),
     ("conntrack.min", Does("net.netfilter.nf_conntrack_max at least")),
     (
         "conntrack.tcpEstablishedTimeout",

@@ -129,6 +129,12 @@ impl Rules {
         own.map(|name| (Table::Nat, name.clone())).chain(self.shared.keys().cloned()).collect()
     }
 
+    /// Takes the shared chains for others than were written.
+    #[cfg(test)]
+    pub(super) fn forget_shared(&mut self) {
+        self.shared.clear();
+    }
+
     /// How many rules a table has in these chains now.
     pub fn count(&self, table: Table) -> usize {
         let shared = self.shared.iter().filter(|((of, _), _)| *of == table).map(|(_, (_, rules))| rules);

@@ -202,7 +202,31 @@ fn rewriting_what_changed_ends_where_writing_everything_does() {
         let names: BTreeSet<String> =
             rules.chains().iter().map(|(table, chain)| format!("{}/{chain}", table.name())).collect();
         assert_eq!(names, loaded.0.keys().cloned().collect());
+        for table in Table::ALL {
+            let of_table = format!("{}/", table.name());
+            let chains = loaded.0.iter().filter(|(name, _)| name.starts_with(&of_table));
+            assert_eq!(rules.count(table), chains.map(|(_, rules)| rules.len()).sum(), "{of_table}");
+        }
     });
+}
+
+#[test]
+fn endpoints_come_and_go_without_a_look_at_other_services() {
+    let mut compiler = Compiler::new(CompileConfig::default(), NodeView::default());
+    synthetic::cluster(20, 2).for_each(|event| compiler.apply(event));
+    let changes = compiler.compile();
+    let mut rules = Rules::new(Family::V4, Config::default());
+    rules.update(compiler.table(), &changes);
+    // As if they were others: whoever put all lines together again would find that they differ.
+    rules.forget_shared();
+    compiler.apply(Event::EndpointSlice(synthetic::slice(7, 3, 0)));
+    let changes = compiler.compile();
+    let text = rules.update(compiler.table(), &changes).to_string();
+    assert!(text.contains(":KUBE-SVC-") && !text.contains("KUBE-SERVICES"), "{text}");
+    compiler.apply(Event::ServiceGone(synthetic::service(7).name));
+    let changes = compiler.compile();
+    let text = rules.update(compiler.table(), &changes).to_string();
+    assert!(text.contains(":KUBE-SERVICES - "), "{text}");
 }
 
 #[test]
