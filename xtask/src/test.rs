@@ -3,7 +3,9 @@
 use std::{
     fs,
     io::{BufRead, BufReader},
-    process::{Command, Stdio},
+    process::{Command, Output, Stdio},
+    sync::{Mutex, PoisonError, mpsc},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -188,10 +190,7 @@ pub fn run(rings: &[Ring], vm: bool) -> Result<()> {
             }
             Ring::Netns => {
                 cargo_test(&["build", "-p", "lb-agent", "-p", "lb-test", "--bins"], &mut Sum::default())?;
-                for (test, threads) in netns_tests()? {
-                    let threads = format!("--test-threads={threads}");
-                    cargo_test(&["test", "-p", "lb-test", "--test", &test, "--", &threads], &mut sum)?;
-                }
+                netns(&mut sum)?;
             }
             Ring::Vm => match vm::obstacle() {
                 _ if !vm => skip("vm: left out by --no-vm", &mut sum),
@@ -208,17 +207,65 @@ pub fn run(rings: &[Ring], vm: bool) -> Result<()> {
     Ok(())
 }
 
-/// Binaries of the ring netns, and how many of their tests run at once. They wait more than they work, those that wait
-/// for an API server most of all.
-fn netns_tests() -> Result<Vec<(String, u32)>> {
+/// Binaries of the ring netns that run at once; their tests wait more than they work.
+const NETNS_AT_ONCE: usize = 2;
+/// How many tests of each run at once…
+const NETNS_THREADS: &str = "--test-threads=2";
+/// …and of those that wait for an API server.
+const NETNS_API_THREADS: &str = "--test-threads=4";
+/// They take longest.
+const NETNS_FIRST: [&str; 2] = ["netns_api", "netns_services"];
+/// How much slower than usual they may find us (`lb_test::patience`).
+const NETNS_SLOWNESS: u32 = 2;
+
+/// Runs the ring netns. What a binary prints is shown when it ends.
+fn netns(sum: &mut Sum) -> Result<()> {
+    let tests = netns_tests()?;
+    let mut build = vec!["test", "--no-run", "-p", "lb-test"];
+    tests.iter().for_each(|test| build.extend(["--test", test]));
+    cargo::run(&build)?;
+    let todo = Mutex::new(tests.into_iter());
+    let (said, outputs) = mpsc::channel();
+    thread::scope(|scope| {
+        for _ in 0..NETNS_AT_ONCE {
+            let (todo, said) = (&todo, said.clone());
+            scope.spawn(move || {
+                while let Some(test) = { todo.lock().unwrap_or_else(PoisonError::into_inner).next() } {
+                    let output = netns_binary(&test);
+                    let _ = said.send((test, output));
+                }
+            });
+        }
+        drop(said);
+        for (test, output) in outputs {
+            let output = output?;
+            let failed_before = sum.failed;
+            String::from_utf8_lossy(&output.stdout).lines().for_each(|line| sum.read(line));
+            if !output.status.success() && sum.failed == failed_before {
+                bail!("{test}: {}", output.status);
+            }
+        }
+        Ok(())
+    })
+}
+
+fn netns_binary(test: &str) -> Result<Output> {
+    let threads = if test.starts_with("netns_api") { NETNS_API_THREADS } else { NETNS_THREADS };
+    let args = ["test", "-p", "lb-test", "--test", test, "--", threads];
+    eprintln!("+ cargo {}", args.join(" "));
+    let mut cargo = Command::new("cargo");
+    cargo.args(args).env("LB_TEST_SLOW", NETNS_SLOWNESS.to_string());
+    cargo.stderr(Stdio::inherit()).output().context("start cargo")
+}
+
+/// Names of its binaries, the longest first.
+fn netns_tests() -> Result<Vec<String>> {
     let mut tests = Vec::new();
     for entry in fs::read_dir("lb-test/tests").context("read lb-test/tests")? {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        if let Some(test) = name.strip_suffix(".rs").filter(|test| test.starts_with("netns_")) {
-            tests.push((test.to_owned(), if test.starts_with("netns_api") { 4 } else { 2 }));
-        }
+        tests.extend(name.strip_suffix(".rs").filter(|test| test.starts_with("netns_")).map(str::to_owned));
     }
-    tests.sort();
+    tests.sort_by_key(|test| (!NETNS_FIRST.contains(&test.as_str()), test.clone()));
     Ok(tests)
 }
 
