@@ -1,11 +1,28 @@
 //! What another kernel may refuse: every program loads, and packets find their way by the hook that the kernel has.
 
-use std::process::Command;
+use std::{path::Path, process::Command, time::Duration};
 
 use lb_test::{
     cluster::{Cluster, Cni, node_ip, pod_ip, program},
-    in_vm, netns,
+    in_vm, netns, until,
 };
+
+/// Here it is a module. The first test of a boot, by its name.
+#[test]
+fn conntrack_is_set_up_when_rules_have_loaded_it() {
+    if !in_vm("conntrack_is_set_up_when_rules_have_loaded_it") {
+        return;
+    }
+    let sysctl = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait";
+    assert!(!Path::new(sysctl).exists(), "conntrack is loaded already");
+    let mut cluster = Cluster::new(Cni::Routed, 1).unwrap();
+    cluster.apply_nodes().unwrap();
+    cluster.configure("mode: nftables\nconntrack: {tcpCloseWaitTimeout: 77s}").unwrap();
+    cluster.agent_options = vec!["--config".into(), cluster.config_file().display().to_string()];
+    cluster.start_agents(&[1]).unwrap();
+    let value = || netns::output(cluster.lab.command("node1", "cat").arg(sysctl)).unwrap_or_default();
+    until("conntrack is set up", Duration::from_secs(10), || value().trim() == "77");
+}
 
 #[test]
 fn every_program_loads() {
