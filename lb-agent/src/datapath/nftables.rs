@@ -39,7 +39,7 @@ struct FamilyTable {
 impl NftablesDatapath {
     /// Finds nft.
     pub fn open(config: &Config) -> Result<Self, DatapathError> {
-        handle(Family::V4)?;
+        nft(&["--version"], "")?;
         let family = |family| FamilyTable {
             family,
             config: config.clone(),
@@ -172,8 +172,7 @@ fn is_there(family: Family, known: Option<u64>) -> Result<bool, DatapathError> {
     if found.is_none() || found != known {
         return Ok(false);
     }
-    let text = nft(&["list", "chain", name(family), TABLE, "services"], "")?;
-    Ok(text.contains("vmap @service-ips"))
+    nfnetlink::chain_uses(family, TABLE, "services", "service-ips").map_err(not_told)
 }
 
 /// Service ports in one transaction of a first load.
@@ -202,13 +201,13 @@ pub fn name(family: Family) -> &'static str {
     }
 }
 
-/// The kernel's handle of our table, if it is there. Lists tables only, whatever they hold.
+/// The kernel's handle of our table, if it is there.
 pub fn handle(family: Family) -> Result<Option<u64>, DatapathError> {
-    let text = nft(&["-j", "list", "tables", name(family)], "")?;
-    let listed: serde_json::Value =
-        serde_json::from_str(&text).map_err(|source| failed(source.to_string()))?;
-    let tables = listed["nftables"].as_array().into_iter().flatten().map(|item| &item["table"]);
-    Ok(tables.filter(|table| table["name"] == TABLE).find_map(|table| table["handle"].as_u64()))
+    nfnetlink::table(family, TABLE).map_err(not_told)
+}
+
+fn not_told(error: std::io::Error) -> DatapathError {
+    failed(format!("ask the kernel for table {TABLE}: {error}"))
 }
 
 fn load(text: &str) -> Result<(), DatapathError> {
@@ -231,9 +230,9 @@ fn failed(source: String) -> DatapathError {
 /// Families whose table there is; without `all` only where our agent made it, not kube-proxy.
 pub fn removals(all: bool) -> Vec<Family> {
     let ours = |family: &Family| {
-        let owned = ["list", "chain", name(*family), TABLE, OWNER];
-        // Without nft, or without nf_tables in the kernel, there is no table.
-        nft(&owned, "").is_ok() || (all && handle(*family).is_ok_and(|handle| handle.is_some()))
+        // Without nf_tables in the kernel there is no table.
+        nfnetlink::has_chain(*family, TABLE, OWNER).unwrap_or(false)
+            || (all && handle(*family).is_ok_and(|handle| handle.is_some()))
     };
     [Family::V4, Family::V6].into_iter().filter(ours).collect()
 }
@@ -272,7 +271,7 @@ pub fn keep(family: Family) -> Result<(), DatapathError> {
 
 /// Families whose connections are kept.
 pub fn keepers() -> impl Iterator<Item = Family> {
-    let there = |family: &Family| nft(&["list", "table", name(*family), KEEPER], "").is_ok();
+    let there = |family: &Family| nfnetlink::table(*family, KEEPER).is_ok_and(|handle| handle.is_some());
     [Family::V4, Family::V6].into_iter().filter(there)
 }
 
