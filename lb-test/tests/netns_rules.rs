@@ -314,6 +314,23 @@ fn nftables_come_back_and_go() {
 }
 
 /// An address of the ranges of ClusterIPs that is no Service's: packets to it don't leave the node.
+/// What the kernel doesn't take of one Service would keep all others from being served.
+#[test]
+fn names_may_be_as_long_as_kubernetes_lets_them() {
+    let [namespace, name, port] = ["n", "s", "p"].map(|letter| letter.repeat(63));
+    let long = format!(
+        "kind: Service\nmetadata: {{namespace: {namespace}, name: {name}}}\nspec: {{clusterIPs: [10.96.0.77, 'fd00:10:96::77'], externalIPs: [198.51.100.77], sessionAffinity: ClientIP, ports: [{{name: {port}, port: 65535}}]}}\n---\n\
+         kind: EndpointSlice\nmetadata: {{namespace: {namespace}, name: a, labels: {{kubernetes.io/service-name: {name}}}}}\naddressType: IPv6\nports: [{{name: {port}, port: 65535}}]\nendpoints: [{{addresses: ['2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff']}}, {{addresses: ['2001:db8:aaaa:bbbb:cccc:dddd:eeee:fffe']}}]\n---\n"
+    );
+    for options in [&EBPF[..], &NFTABLES, &IPTABLES] {
+        let cluster = cluster(options);
+        cluster.apply("long.yaml", &long).unwrap();
+        add_service(&cluster);
+        let log = std::fs::read_to_string(cluster.agent_log(1)).unwrap();
+        assert!(!log.contains("not programmed"), "{log}");
+    }
+}
+
 #[test]
 fn addresses_of_nobody_lead_nowhere() {
     let cluster = cluster(&NFTABLES);

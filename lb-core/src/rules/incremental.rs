@@ -26,8 +26,8 @@ pub struct Rules {
     owners: Owners,
     /// Digests of chains that service ports share, and how many rules are in them.
     shared: BTreeMap<Chain, (u64, usize)>,
-    /// Digest of what stands in them once.
-    base: u64,
+    /// What stands in them once, after that; `None` before the first update.
+    base: Option<BTreeMap<Chain, Vec<String>>>,
     /// Rules in service ports' own chains.
     own_rules: usize,
     endpoints: usize,
@@ -75,7 +75,7 @@ impl Rules {
             ports: BTreeMap::new(),
             owners: Owners::default(),
             shared: BTreeMap::new(),
-            base: 0,
+            base: None,
             own_rules: 0,
             endpoints: 0,
             large: false,
@@ -109,16 +109,17 @@ impl Rules {
         for id in &touched {
             shared |= self.rewrite(table, id, &mut transaction);
         }
-        // Endpoints come and go in chains of their own.
-        let base = iptables::base(table, self.family, &self.config);
-        let base: BTreeMap<&Chain, Vec<String>> = base
-            .iter()
-            .map(|(chain, rules)| (chain, rules.iter().map(ToString::to_string).collect()))
-            .collect();
-        let base_digest = digest(&base);
-        if shared || base_digest != self.base {
-            self.base = base_digest;
-            self.rewrite_shared(&base, &mut transaction);
+        // Endpoints come and go in chains of their own; what stands there once knows addresses of NodePorts.
+        let dialled = changes.frontends.iter().any(|addr| Family::of(addr.addr) == self.family);
+        if dialled || self.base.is_none() {
+            let base = iptables::base(table, self.family, &self.config).into_iter();
+            let base = base.map(|(chain, rules)| (chain, rules.iter().map(ToString::to_string).collect()));
+            let base = Some(base.collect());
+            shared |= self.base != base;
+            self.base = base;
+        }
+        if shared {
+            self.rewrite_shared(&mut transaction);
         }
         transaction
     }
@@ -178,14 +179,15 @@ impl Rules {
     }
 
     /// Rewrites the chains of all service ports, with what stands in them once, after that.
-    fn rewrite_shared(&mut self, base: &BTreeMap<&Chain, Vec<String>>, transaction: &mut Transaction) {
+    fn rewrite_shared(&mut self, transaction: &mut Transaction) {
+        let base = || self.base.iter().flatten();
         let mut lines: BTreeMap<Chain, Vec<&str>> =
-            base.keys().map(|chain| ((*chain).clone(), Vec::new())).collect();
+            base().map(|(chain, _)| (chain.clone(), Vec::new())).collect();
         for (of, chain, line) in self.ports.values().flat_map(|written| &written.shared) {
             lines.entry((*of, Arc::from(*chain))).or_default().push(line);
         }
-        for (chain, rules) in base {
-            lines.entry((*chain).clone()).or_default().extend(rules.iter().map(String::as_str));
+        for (chain, rules) in base() {
+            lines.entry(chain.clone()).or_default().extend(rules.iter().map(String::as_str));
         }
         for (chain, lines) in lines {
             let (digest, rules) = (digest(&lines), lines.len());

@@ -120,6 +120,15 @@ fn nft_port(id: &ServicePortId) -> String {
     format!("{}/{}/{}", id.service, protocol(id.protocol), id.port)
 }
 
+/// The longest name that nftables takes is 256 bytes, of which a chain's prefix has up to 16 (`hashAndTruncate`).
+const NFT_BASE_MAX: usize = 240;
+
 fn nft_hashed(name: String) -> String {
-    format!("{}-{name}", &BASE32.encode(&Sha256::digest(&name))[..8])
+    let mut hashed = format!("{}-{name}", &BASE32.encode(&Sha256::digest(&name))[..8]);
+    if hashed.len() > NFT_BASE_MAX {
+        // Names of objects are ASCII.
+        hashed.truncate(hashed.floor_char_boundary(NFT_BASE_MAX - 3));
+        hashed += "...";
+    }
+    hashed
 }

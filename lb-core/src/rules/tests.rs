@@ -18,7 +18,7 @@ use super::{
 use crate::{
     compile::{CompileConfig, Compiler, NodeView},
     flow::Dialect,
-    model::{Event, Family, LocalDetector, ObjectName, Protocol, ServiceCidr},
+    model::{Event, Family, LocalDetector, NodePortAddress, ObjectName, Protocol, ServiceCidr},
     synthetic,
     table::{Changes, ServicePortId, ServiceTable},
 };
@@ -46,6 +46,19 @@ fn chains_are_named_as_kube_proxy_names_them() {
     }
     let endpoint = names::of_endpoint(&id("ns1/svc1", "p80"), "10.180.0.1".parse().unwrap(), 80);
     assert_eq!(&*endpoint, "KUBE-SEP-SXIVWICOYRO3J4NJ");
+}
+
+/// The kernel takes 256 bytes with the zero that ends them (`NFT_NAME_MAXLEN`).
+#[test]
+fn names_that_are_too_long_for_nftables_are_cut() {
+    let [namespace, name, port] = ["n", "s", "p"].map(|letter| letter.repeat(63));
+    let long = id(&format!("{namespace}/{name}"), &port);
+    let addr = "2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff".parse().unwrap();
+    let (one, other) = (names::nft_endpoint(&long, addr, 65_534), names::nft_endpoint(&long, addr, 65_535));
+    assert_eq!((one.len(), one.ends_with("...")), (240, true), "{one}");
+    assert_ne!(one, other, "the hash is of all of it");
+    let whole = names::nft_service(&long);
+    assert!(whole.len() <= 240 && whole.ends_with(&port), "{whole}");
 }
 
 /// netfilter, as far as chains and their rules go.
@@ -215,7 +228,10 @@ fn endpoints_come_and_go_without_a_look_at_other_services() {
     let mut compiler = Compiler::new(CompileConfig::default(), NodeView::default());
     synthetic::cluster(20, 2).for_each(|event| compiler.apply(event));
     let changes = compiler.compile();
-    let mut rules = Rules::new(Family::V4, Config::default());
+    // Which it looks for among all frontends.
+    let addresses = vec![NodePortAddress::Range("0.0.0.0/1".parse().unwrap())];
+    let config = Config { node_port_addresses: addresses, ..Config::default() };
+    let mut rules = Rules::new(Family::V4, config);
     rules.update(compiler.table(), &changes);
     // As if they were others: whoever put all lines together again would find that they differ.
     rules.forget_shared();
