@@ -372,9 +372,10 @@ fn addresses(texts: &[String], field: &str, noted: &mut Noted<'_>) -> Vec<IpAddr
     addresses
 }
 
-/// An address; IPv4 octets may have leading zeros, which are decimal (`k8s.io/utils/net` `ParseIPSloppy`).
+/// An address; IPv4 octets may have leading zeros, which are decimal, and IPv4 may be written as IPv6 (`k8s.io/utils/net`
+/// `ParseIPSloppy`, Go: `IP.To4`).
 fn address(text: &str) -> Option<IpAddr> {
-    text.parse().ok().or_else(|| sloppy_v4(text).map(IpAddr::V4))
+    text.parse().ok().or_else(|| sloppy_v4(text).map(IpAddr::V4)).map(|addr| addr.to_canonical())
 }
 
 fn sloppy_v4(text: &str) -> Option<Ipv4Addr> {
@@ -412,10 +413,14 @@ mod tests {
     #[test]
     fn bad_fields_are_named_and_the_rest_is_used() {
         let (service, warnings) = convert(
-            "{metadata: {name: web}, spec: {clusterIP: 10.0.0.1, externalIPs: [nonsense, 192.0.2.010], loadBalancerSourceRanges: [10.0.0.0], ports: [{port: 80}, {port: 70000, name: b}]}}",
+            "{metadata: {name: web}, spec: {clusterIP: 10.0.0.1, externalIPs: [nonsense, 192.0.2.010, '::ffff:192.0.2.11'], loadBalancerSourceRanges: [10.0.0.0, ' 10.1.0.0/16 '], ports: [{port: 80}, {port: 70000, name: b}]}}",
         );
         let service = service.expect("served");
-        assert_eq!(service.external_ips, ["192.0.2.10".parse::<IpAddr>().unwrap()]);
+        assert_eq!(
+            service.external_ips,
+            ["192.0.2.10", "192.0.2.11"].map(|ip| ip.parse::<IpAddr>().unwrap())
+        );
+        assert_eq!(service.source_ranges, ["10.1.0.0/16".parse::<IpNet>().unwrap()]);
         assert_eq!(service.ports.len(), 1);
         assert_eq!(
             warnings,

@@ -145,10 +145,8 @@ impl Retire {
             drain::set(pins, true)?;
         }
         let udp = table.services.iter().filter(|(id, _)| id.protocol == Protocol::Udp);
-        let serving: BTreeSet<SocketAddr> = udp
-            .flat_map(|(_, service)| &service.serving)
-            .map(|(addr, port)| SocketAddr::new(*addr, *port))
-            .collect();
+        let serving: BTreeSet<SocketAddr> =
+            udp.flat_map(|(_, service)| service.in_use()).map(SocketAddr::from).collect();
         let left = drain::flows_left(pins, |backend| serving.contains(backend))?;
         if self.held.is_none_or(|at| at.elapsed() >= HOLD_EVERY) {
             self.held = Some(Instant::now());

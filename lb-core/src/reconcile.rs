@@ -48,7 +48,7 @@ pub fn families(changes: &Changes) -> BTreeSet<Family> {
     services.chain(frontends.map(|addr| Family::of(addr.addr))).collect()
 }
 
-/// Who can still be on the other end of a flow: for UDP every endpoint that serves; for TCP every endpoint there is, because
+/// Who can still be on the other end of a flow: for UDP every endpoint that serves or is chosen; for TCP every endpoint there is, because
 /// connections outlast their endpoint's readiness.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Backends {
@@ -105,7 +105,7 @@ impl Backends {
 
 fn alive(id: &ServicePortId, entry: &ServiceEntry) -> BTreeSet<SocketAddr> {
     let more = if id.protocol == Protocol::Udp { &[][..] } else { &entry.not_serving };
-    entry.serving.iter().chain(more).map(|(addr, port)| SocketAddr::new(*addr, *port)).collect()
+    entry.in_use().chain(more.iter().copied()).map(SocketAddr::from).collect()
 }
 
 #[cfg(test)]
@@ -259,6 +259,18 @@ mod tests {
             assert!(!backends.may_be_there(protocol, at("10.1.0.2"), later));
             assert!(!backends.may_be_there(protocol, at("10.9.9.9"), start), "nobody has ever known it");
         }
+    }
+
+    #[test]
+    fn who_is_chosen_is_there_even_if_it_does_not_serve() {
+        let (mut service, mut slice) = (dns(0), endpoints(0, &["10.1.0.1 down"]));
+        service.publish_not_ready = true;
+        (slice.endpoints[0].ready, slice.endpoints[0].terminating) = (true, false);
+        let table = table(vec![(service, slice)]);
+        let (mut backends, start) = (Backends::default(), Instant::now());
+        backends.update(&table, &Changes::all(&table), start);
+        let at = SocketAddr::new(ip("10.1.0.1"), 5353);
+        assert!(backends.may_be_there(Protocol::Udp, at, start + MOVE));
     }
 
     #[test]

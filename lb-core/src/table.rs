@@ -177,6 +177,15 @@ pub struct ServiceEntry {
     pub not_serving: Vec<(IpAddr, u16)>,
 }
 
+impl ServiceEntry {
+    /// Endpoints whose flows go on: those that serve, and those that are chosen though they don't, as with
+    /// `publishNotReadyAddresses`. Some may come twice.
+    pub fn in_use(&self) -> impl Iterator<Item = (IpAddr, u16)> {
+        let chosen = self.cluster.iter().chain(&self.local).map(|backend| (backend.addr, backend.port));
+        self.serving.iter().copied().chain(chosen)
+    }
+}
+
 /// What an address is, for ports of it that no frontend claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub enum VipKind {

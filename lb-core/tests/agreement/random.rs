@@ -293,10 +293,11 @@ pub fn slice(service: &Service, family: Family, number: usize, random: &mut Rand
             if !random.once_in(3) {
                 continue;
             }
-            // Ready, ready though it goes (publishNotReadyAddresses), draining, starting, gone.
+            // Ready, ready though it goes or does not serve yet (publishNotReadyAddresses), draining, starting, gone.
             let conditions = [
                 (true, true, false),
                 (true, true, true),
+                (true, false, false),
                 (false, true, true),
                 (false, false, false),
                 (false, false, true),

@@ -12,6 +12,7 @@ use ipnet::IpNet;
 use lb_common::abi::{BackendValue, FrontendKey, SourceRangeData, VipKey, VipValue, backend_flags};
 use lb_core::{
     model::{Family, Protocol},
+    reconcile,
     table::{Changes, FrontendAddr, ServiceTable},
 };
 use tracing::{info, warn};
@@ -166,7 +167,9 @@ impl Datapath for EbpfDatapath {
             }
         }
         // A backend that is gone takes its flows with it.
-        self.foreign.reconcile(table);
+        if !reconcile::families(&changes).is_empty() {
+            self.foreign.reconcile(table);
+        }
         report.refused = refusals.into_iter().map(|refusal| self.refused(refusal)).collect();
         self.planner = Some(planner);
         Ok(report)

@@ -165,7 +165,8 @@ fn frontend(entry: &Entry) -> Option<FrontendAddr> {
 fn serves(table: &ServiceTable, entry: &Entry) -> bool {
     let found = frontend(entry).and_then(|frontend| table.frontends.get(&frontend));
     let service = found.and_then(|frontend| table.services.get(&frontend.service));
-    service.is_some_and(|service| service.serving.contains(&(entry.reply.src.ip(), entry.reply.src.port())))
+    let answers = (entry.reply.src.ip(), entry.reply.src.port());
+    service.is_some_and(|service| service.in_use().any(|endpoint| endpoint == answers))
 }
 
 /// How many connections to this table's frontends netfilter translates; 0 if there is no telling.
