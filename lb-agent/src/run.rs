@@ -52,7 +52,7 @@ use crate::{
     room::{Place, Room},
     serve::{self, Health},
     source::{
-        About, Notice, Noticed, Notices, Report, Source, calls::Calls, kubernetes::Kubernetes,
+        AbortOnDrop, About, Notice, Noticed, Notices, Report, Source, calls::Calls, kubernetes::Kubernetes,
         manifests::Manifests,
     },
     told::Told,
@@ -107,24 +107,60 @@ pub async fn run(options: RunArgs, mut file: File, bpf_root: PathBuf, log: &Log)
     let health = Arc::new(Health::default());
     let mut config = options.resolve(&file, &bpf_root)?;
     let mut last = None;
+    let mut given_up = GivenUp::default();
     // For all that is served: what comes while one ends and the next begins counts.
     let mut stop = Stop::new()?;
     loop {
         log.follow(&config.settings.logging);
-        match serve(&config, &options, &file, health.clone(), &mut last, &mut stop).await {
+        let configuration = Watched::new(&options, &file, &bpf_root, given_up.again());
+        match serve(&config, configuration, health.clone(), &mut last, &mut stop).await {
             Ok(Ended::Stopped) => return Ok(()),
             Ok(Ended::Reconfigured(changed)) => {
                 let (new, read) = *changed;
+                given_up.leave(read == file);
                 last = Some(std::mem::replace(&mut config, new));
                 file = read;
             }
             Err(error) => {
                 let Some(before) = last.take() else { return Err(error) };
-                // Asked for, but not to be had here: the file has to change again.
-                warn!(problem = %format!("{error:#}"), "the configuration can't be used; the last one holds");
+                given_up.enter();
+                let again = given_up.again().map_or(0, |wait| wait.as_secs());
+                warn!(problem = %format!("{error:#}"), again_in_s = again, "the configuration can't be used; the last one holds");
                 config = before;
             }
         }
+    }
+}
+
+/// A configuration that could not be begun with: maybe it can be later, without a change of its file.
+#[derive(Default)]
+struct GivenUp {
+    /// One before it holds.
+    now: bool,
+    /// How often it was tried.
+    tries: u32,
+}
+
+/// Waits between two tries to begin with a configuration: first and longest. Each is a restart.
+const BEGIN_AGAIN: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(600));
+
+impl GivenUp {
+    fn enter(&mut self) {
+        (self.now, self.tries) = (true, self.tries + 1);
+    }
+
+    /// It is tried again, or another one is.
+    fn leave(&mut self, is_same: bool) {
+        self.now = false;
+        if !is_same {
+            self.tries = 0;
+        }
+    }
+
+    /// When to try it again, if it has been given up.
+    fn again(&self) -> Option<Duration> {
+        let doubled = BEGIN_AGAIN.0 * 2u32.saturating_pow(self.tries.saturating_sub(1)).min(1 << 10);
+        self.now.then(|| doubled.min(BEGIN_AGAIN.1))
     }
 }
 
@@ -139,8 +175,7 @@ enum Ended {
 /// Serves with a configuration; once it has begun, `last` is not needed any more.
 async fn serve(
     config: &Config,
-    options: &RunArgs,
-    file: &File,
+    mut configuration: Watched<'_>,
     health: Arc<Health>,
     last: &mut Option<Config>,
     stop: &mut Stop,
@@ -163,11 +198,11 @@ async fn serve(
     config::set_oom_score(config.settings.oom_score_adj);
     let (notices, noticed) = Notices::channel();
     let (teller, listener) = Teller::channel();
-    let datapath = open_datapath(config, &config.rules, &health, host.as_ref().map(Host::growth))?;
-    warn_of_forwarding();
     if !config.dry_run {
         config::conntrack::set(&config.settings.conntrack);
     }
+    let datapath = open_datapath(config, &config.rules, &health, host.as_ref().map(Host::growth))?;
+    warn_of_forwarding();
     let programmed = Arc::new(Notify::new());
     let worker = {
         let (config, health, programmed) = (config.clone(), health.clone(), programmed.clone());
@@ -181,9 +216,9 @@ async fn serve(
 
     let (reports, mut reported) = mpsc::channel(QUEUE);
     let mut source = tokio::spawn(start_source(config, health.calls(), reports, noticed));
+    let source_end = AbortOnDrop(source.abort_handle());
     let servers = serve::start(config, health.clone(), pins.clone(), notices).await?;
     *last = None;
-    let mut configuration = Watched::new(options, file, &config.bpf_root);
     let mut addresses = network.addresses;
     let (room, mut next) = (Room::default(), None);
     let result = loop {
@@ -231,7 +266,7 @@ async fn serve(
             }
         }
     };
-    source.abort();
+    drop(source_end);
     drop(teller);
     // It ends with what it is writing, which can take long: the servers answer until then.
     let mut joined = tokio::task::spawn_blocking(|| worker.join());

@@ -88,6 +88,17 @@ fn a_changed_file_takes_effect_without_a_restart() {
     });
     assert_eq!(configz("healthzBindAddress"), "0.0.0.0:10256", "what holds is shown");
     assert_eq!(configz("oomScoreAdj"), -999);
+    // It may become possible without a change of the file.
+    cluster.lab.ip("node1", "addr add 203.0.113.1/32 dev lo").unwrap();
+    until("it is begun with", 2 * LIMIT, || {
+        let answers = |host: &str| {
+            let url = format!("http://{host}:10256/healthz");
+            netns::output(cluster.lab.command("node1", "curl").args(["-sf", "-m", "5", &url])).is_ok()
+        };
+        !answers("127.0.0.1") && answers("203.0.113.1")
+    });
+    assert_eq!(configz("healthzBindAddress"), "203.0.113.1:10256");
+    assert_eq!(log().matches("is tried again").count(), 1, "{}", log());
 
     cluster
         .configure("mode: nftables\nclusterCIDR: 10.244.0.0/16\nconntrack: {tcpCloseWaitTimeout: 77s}")
@@ -119,7 +130,10 @@ fn a_changed_file_takes_effect_without_a_restart() {
 /// A Service goes while an agent that knew it ends and one that never did begins; a signal comes meanwhile.
 #[test]
 fn what_happens_while_an_agent_begins_anew_is_not_lost() {
-    let cluster = cluster(Cni::Routed, "mode: iptables\nclusterCIDR: 10.244.0.0/16");
+    let first = "mode: iptables\nclusterCIDR: 10.244.0.0/16\nconntrack: {tcpBeLiberal: true}";
+    let cluster = cluster(Cni::Routed, first);
+    let filter = on_node1(&cluster, "iptables-save -t filter");
+    assert!(filter.contains("KUBE-FORWARD") && !filter.contains("INVALID"), "{filter}");
     let balanced = "kind: Service\nmetadata: {name: balanced}\nspec: {clusterIP: 10.96.0.20, type: LoadBalancer, externalTrafficPolicy: Local, healthCheckNodePort: 32100, ports: [{port: 80}]}\n";
     let asked = |host: &str| {
         let url = format!("http://{host}:32100/");

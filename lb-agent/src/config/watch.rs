@@ -34,13 +34,16 @@ pub struct Watched<'a> {
     _watcher: Option<RecommendedWatcher>,
     /// When it is looked at; kept here, for a wait may be given up for something else at any time.
     due: Instant,
+    /// When it is tried as it is.
+    again: Option<Instant>,
     /// What was last told to be wrong with it.
     told: String,
 }
 
 impl<'a> Watched<'a> {
-    /// Follows the file of the options; `file` is how it was read.
-    pub fn new(options: &'a RunArgs, file: &'a File, bpf_root: &'a Path) -> Self {
+    /// Follows the file of the options; `file` is how it was read. If it could not be begun with, it is tried `again`
+    /// after that time even if it is still the same.
+    pub fn new(options: &'a RunArgs, file: &'a File, bpf_root: &'a Path, again: Option<Duration>) -> Self {
         let (sender, news) = mpsc::channel(1);
         let path = options.policy.config.as_ref();
         let watcher = path.and_then(|path| {
@@ -66,7 +69,8 @@ impl<'a> Watched<'a> {
             path,
             news,
             _watcher: watcher,
-            due: Instant::now() + POLL,
+            due: Instant::now() + POLL.min(again.unwrap_or(POLL)),
+            again: again.map(|wait| Instant::now() + wait),
             told: String::new(),
         }
     }
@@ -91,7 +95,8 @@ impl<'a> Watched<'a> {
     fn look(&mut self, path: &Path) -> Option<(Config, File)> {
         let read = File::read(path).and_then(|file| {
             let differences = self.file.differences(&file);
-            if differences.is_empty() {
+            let again = self.again.is_some_and(|at| at <= Instant::now());
+            if differences.is_empty() && !again {
                 return Ok(None);
             }
             // Only now: to find the mode `auto` means a try of each.
@@ -100,6 +105,10 @@ impl<'a> Watched<'a> {
         });
         match read {
             Ok(None) => self.told.clear(),
+            Ok(Some((differences, config, file))) if differences.is_empty() => {
+                info!(file = %path.display(), "the configuration that could not be used is tried again");
+                return Some((config, file));
+            }
             Ok(Some((differences, config, file))) => {
                 info!(file = %path.display(), changed = differences.join(", "), "a new configuration; the kernel goes on serving");
                 file.warn(path);

@@ -48,6 +48,8 @@ struct State {
     limit: Duration,
     /// When the kernel last had all that was known.
     updated: Option<SystemTime>,
+    /// The agent that runs has programmed all that it knew: from then on what waits is late some day.
+    begun: bool,
     /// Since when the oldest change waits.
     waiting: Option<Instant>,
     eligible: bool,
@@ -78,6 +80,7 @@ impl Default for Health {
                 mode: Mode::Ebpf,
                 limit: 2 * SYNC_PERIOD,
                 updated: None,
+                begun: false,
                 waiting: None,
                 eligible: true,
                 error: None,
@@ -99,6 +102,8 @@ impl Health {
     pub fn start(&self, node: Arc<str>, mode: Mode, sync_period: Duration) {
         let mut state = self.lock();
         (state.node, state.mode, state.limit) = (node, mode, 2 * sync_period);
+        // The kernel has what the last one knew, however long it takes until this one knows as much.
+        (state.begun, state.waiting) = (false, None);
         self.metrics.start();
     }
 
@@ -114,7 +119,7 @@ impl Health {
             self.note(&mut state, event);
         }
         self.metrics.pending(state.pending.services.len(), state.pending.endpoints.len());
-        state.wait();
+        state.queued();
         self.metrics.queued();
     }
 
@@ -125,7 +130,7 @@ impl Health {
 
     /// Something else that the kernel has to follow changed.
     pub fn queued_anew(&self) {
-        self.lock().wait();
+        self.lock().queued();
         self.metrics.queued();
     }
 
@@ -199,6 +204,7 @@ impl Health {
     fn settle(&self) -> Pending {
         let mut state = self.lock();
         (state.updated, state.waiting, state.error) = (Some(SystemTime::now()), None, None);
+        state.begun = true;
         self.metrics.pending(0, 0);
         std::mem::take(&mut state.pending)
     }
@@ -264,6 +270,12 @@ impl Health {
 }
 
 impl State {
+    fn queued(&mut self) {
+        if self.begun {
+            self.wait();
+        }
+    }
+
     fn wait(&mut self) {
         self.waiting.get_or_insert_with(Instant::now);
     }
@@ -453,12 +465,13 @@ mod tests {
         );
     }
 
+    fn node(name: &str, eligible: bool) -> Event {
+        let name = Arc::from(name);
+        Event::Node(Node { name, addresses: Vec::new(), zone: None, pod_cidrs: Vec::new(), eligible })
+    }
+
     #[test]
     fn a_node_that_goes_gets_nothing_new() {
-        fn node(name: &str, eligible: bool) -> Event {
-            let name = Arc::from(name);
-            Event::Node(Node { name, addresses: Vec::new(), zone: None, pod_cidrs: Vec::new(), eligible })
-        }
         check(
             true,
             None,
@@ -516,6 +529,27 @@ mod tests {
         // Of what it follows it hears by name.
         assert!(apply(&before, &Changes::all(&before), false));
         assert!(!apply(&after, &Changes::all(&before), false));
+    }
+
+    #[test]
+    fn an_agent_that_begins_anew_has_time_until_it_knows_all() {
+        let health = Health::default();
+        let (table, report) = (ServiceTable::default(), ApplyReport::default());
+        let programmed = || health.applied(&table, &Changes::default(), &report, Duration::ZERO, true);
+        let later = || Instant::now() + Duration::from_secs(3600);
+        programmed();
+        health.queued_anew();
+        assert!(!health.lock().follows(later()), "an agent that serves has not");
+        health.start("node-1".into(), Mode::Ebpf, SYNC_PERIOD);
+        health.queued_anew();
+        health.queued(&[node("node-1", true)]);
+        assert!(health.lock().follows(later()));
+        // But for one that can't.
+        health.failed(&anyhow::anyhow!("busy"));
+        assert!(!health.lock().follows(later()));
+        programmed();
+        health.queued_anew();
+        assert!(!health.lock().follows(later()));
     }
 
     #[test]

@@ -15,13 +15,13 @@ use kube::{
 };
 use lb_core::model::{Event, ObjectName, Warning};
 use serde::de::DeserializeOwned;
-use tokio::{sync::mpsc, task::AbortHandle};
+use tokio::sync::mpsc;
 use tower::{BoxError, ServiceBuilder, timeout::TimeoutLayer};
 use tower_http::decompression::DecompressionLayer;
 use tracing::debug;
 
 use super::{
-    About, Notice, Noticed, Report, Reports, Source,
+    AbortOnDrop, About, Notice, Noticed, Report, Reports, Source,
     calls::{Calls, CallsOf},
     follow::Wanted,
     watch::{Told, watch},
@@ -225,15 +225,6 @@ fn publish(recorder: Recorder) -> mpsc::Sender<Note> {
         }
     });
     notes
-}
-
-/// Ends a task with the one that began it.
-struct AbortOnDrop(AbortHandle);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
 }
 
 /// Publishes notices as they come.

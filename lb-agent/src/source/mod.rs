@@ -15,7 +15,10 @@ use notify::{
     EventKind,
     event::{AccessKind, AccessMode},
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::AbortHandle,
+};
 use tracing::debug;
 
 /// What a source reports.
@@ -27,6 +30,15 @@ pub enum Report {
     Synced,
     /// What is wrong with the objects of one origin (a file, an object), replacing what was said of it before.
     Warnings(String, Vec<Warning>),
+}
+
+/// Ends a task with the one that began it.
+pub struct AbortOnDrop(pub AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Something was written: reading is news to inotify, too, and would lead to reading again.

@@ -66,7 +66,7 @@ impl IptablesDatapath {
             }
             let mut config = config.clone();
             config.random_fully = programs.knows_random_fully();
-            config.drop_invalid = !sysctl_is_on("net/netfilter/nf_conntrack_tcp_be_liberal");
+            config.drop_invalid &= !sysctl_is_on("net/netfilter/nf_conntrack_tcp_be_liberal");
             let at_once = if programs.are_nft() { PIECE } else { usize::MAX };
             families.push(FamilyRules { programs, family, config, at_once, rules: None });
             info!(program = programs.name(), "rules go through");
