@@ -79,6 +79,7 @@ fn clients() {
         should_be_able_to_send_traffic_between_pods_without_snat,
         should_be_able_to_switch_session_affinity_for_service_with_type_cluster_ip_and_node_port,
         should_have_session_affinity_timeout_work_for_service_with_type_cluster_ip_and_node_port,
+        should_have_session_affinity_work_for_load_balancer_service_with_local_and_cluster,
     ]);
 }
 
@@ -404,6 +405,25 @@ fn should_have_session_affinity_timeout_work_for_service_with_type_cluster_ip_an
             answers(cluster, client, "tcp", &target) != first
         });
         println!("{client:?} -> {target}: after {tries} tries");
+    }
+}
+
+fn should_have_session_affinity_work_for_load_balancer_service_with_local_and_cluster(cluster: &mut Cluster) {
+    let status = "status: {loadBalancer: {ingress: [{ip: 198.51.100.10}]}}\n---\n";
+    for (policy, endpoints) in [("Local", &["pod11", "pod12"][..]), ("Cluster", &["pod11", "pod12", "pod21"])]
+    {
+        for affinity in ["None", "ClientIP"] {
+            let fields = format!(
+                "type: LoadBalancer, externalTrafficPolicy: {policy}, sessionAffinity: {affinity}, {HTTP}"
+            );
+            let service = service("web", 10, &fields).replace("---\n", status);
+            apply(cluster, &(service + &http("web", &["pod11", "pod12", "pod21"])));
+            // They come by way of node 1.
+            match affinity {
+                "None" => expect(cluster, OUTSIDE, "198.51.100.10:80", endpoints),
+                _ => keeps_to_one(cluster, OUTSIDE[0], "198.51.100.10:80"),
+            }
+        }
     }
 }
 

@@ -24,6 +24,8 @@ const DRAINING: &str = "ready: false, serving: true, terminating: true";
 const CLUSTER_IP: &str = "10.96.0.53:53";
 const CLUSTER_IP6: &str = "[fd00:10:96::53]:53";
 const NODE_PORT: u16 = 30053;
+/// Clients reach it by way of node 1.
+const LOAD_BALANCER: &str = "198.51.100.53:53";
 
 /// A pod that is an endpoint: node, number, conditions.
 type Pod = (u8, u8, &'static str);
@@ -39,6 +41,11 @@ fn cluster_with(mode: &str, servers: &[&str], options: &[&str]) -> Cluster {
         cluster.serve(pod, 8080).expect("a server");
     }
     cluster.apply_nodes().unwrap();
+    cluster.lab.ip("client", &format!("route add 198.51.100.0/24 via {}", node_ip(1))).unwrap();
+    // A node that doesn't serve it yet knows a shorter way, which the client would take from then on.
+    for device in ["all", "eth0"] {
+        cluster.lab.sysctl("client", &format!("net.ipv4.conf.{device}.accept_redirects"), "0").unwrap();
+    }
     let all = [&["--mode", mode, "--cluster-cidr", CLUSTER_CIDR], options].concat();
     cluster.agent_options = all.iter().map(ToString::to_string).collect();
     cluster.start_agents(&[1, 2]).expect("agents");
@@ -48,7 +55,7 @@ fn cluster_with(mode: &str, servers: &[&str], options: &[&str]) -> Cluster {
 /// The Service of all tests, over UDP and TCP, with these endpoints at this port.
 fn apply(cluster: &Cluster, policy: &str, endpoints: &[Pod], port: u16) {
     let service = format!(
-        "kind: Service\nmetadata: {{name: dns}}\nspec: {{type: NodePort, clusterIPs: [10.96.0.53, 'fd00:10:96::53'], {policy} ports: [{{name: dns, port: 53, nodePort: {NODE_PORT}, protocol: UDP}}, {{name: tcp, port: 53, nodePort: {NODE_PORT}}}]}}\n"
+        "kind: Service\nmetadata: {{name: dns}}\nstatus: {{loadBalancer: {{ingress: [{{ip: 198.51.100.53}}]}}}}\nspec: {{type: LoadBalancer, clusterIPs: [10.96.0.53, 'fd00:10:96::53'], {policy} ports: [{{name: dns, port: 53, nodePort: {NODE_PORT}, protocol: UDP}}, {{name: tcp, port: 53, nodePort: {NODE_PORT}}}]}}\n"
     );
     let slice = |family: &str, addr: fn(u8, u8) -> String| {
         let endpoint = |(node, number, conditions): &Pod| {
@@ -123,6 +130,14 @@ fn udp_goes_on_when_the_server_pod_cycles_for_a_node_port() {
         let here = format!("{}:{NODE_PORT}", node_ip(1));
         let here6 = format!("[{}]:{NODE_PORT}", node_ip6(1));
         let clients = [("client", None, &*here), ("client", None, &*here6)];
+        cycle(mode, "", &clients, [(2, 2, READY), (2, 3, READY)]);
+    }
+}
+
+#[test]
+fn udp_goes_on_when_the_server_pod_cycles_for_a_load_balancer() {
+    for mode in modes(&MODES) {
+        let clients = [("client", None, LOAD_BALANCER), ("pod11", None, LOAD_BALANCER)];
         cycle(mode, "", &clients, [(2, 2, READY), (2, 3, READY)]);
     }
 }

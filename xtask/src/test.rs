@@ -75,6 +75,7 @@ const IN_VM: [(&str, &[InVm]); 2] = [
                     "udp_goes_on_when_the_server_pod_cycles_and_the_client_is_on_the_hosts_network",
                     "udp_goes_on_when_the_server_pod_cycles_for_a_cluster_ip",
                     "udp_goes_on_when_the_server_pod_cycles_for_a_cluster_ip_with_internal_traffic_policy_local",
+                    "udp_goes_on_when_the_server_pod_cycles_for_a_load_balancer",
                     "udp_goes_on_when_the_server_pod_cycles_for_a_node_port",
                     "udp_goes_on_when_the_target_port_changes",
                     "udp_to_a_foreign_host_at_a_node_ports_number_is_not_cut",
@@ -103,7 +104,7 @@ const IN_VM: [(&str, &[InVm]); 2] = [
 ];
 
 /// Tests that take minutes and repeat much of what others there show: they run if the ring is named.
-const IN_VM_IF_NAMED: [&str; 19] = [
+const IN_VM_IF_NAMED: [&str; 20] = [
     "pods_are_told_by_their_bridge_and_by_their_devices",
     "pods_are_told_by_their_nodes_ranges",
     "every_path_with_bridged_pods",
@@ -121,6 +122,7 @@ const IN_VM_IF_NAMED: [&str; 19] = [
     "udp_goes_on_when_initially_unready_endpoints_get_ready",
     "udp_goes_on_when_the_server_pod_cycles_and_the_client_is_on_the_hosts_network",
     "udp_goes_on_when_the_server_pod_cycles_for_a_cluster_ip_with_internal_traffic_policy_local",
+    "udp_goes_on_when_the_server_pod_cycles_for_a_load_balancer",
     "udp_goes_on_when_the_target_port_changes",
     "udp_to_a_foreign_host_at_a_node_ports_number_is_not_cut",
 ];

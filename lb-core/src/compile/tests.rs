@@ -436,6 +436,11 @@ fn load_balancers_are_told_of_ready_endpoints_here_alone() {
     assert_eq!(told(&web, &here), (Some((32000, 2)), true, None));
     assert_eq!(told(&web, &["10.2.0.1 node-2 ready"]), (Some((32000, 0)), false, Some(1)));
     assert_eq!(told(&web, &[]), (Some((32000, 0)), false, None), "nobody is elsewhere either");
+    let mut inside = web.clone();
+    (inside.internal_policy, inside.external_policy) = (TrafficPolicy::Local, TrafficPolicy::Cluster);
+    let elsewhere = slice("web", &["10.2.0.1 node-2 ready"]);
+    let table = compiled(vec![Event::Service(inside), Event::EndpointSlice(elsewhere)]).table;
+    assert_eq!(table.without_local, BTreeMap::from([((Family::V4, Traffic::Internal), 1)]));
     assert_eq!(told(&web, &["10.1.0.3 node-1 draining"]), (Some((32000, 0)), true, None), "still served");
     for change in [
         (|web| web.external_policy = TrafficPolicy::Cluster) as fn(&mut Service),
