@@ -314,6 +314,47 @@ fn nftables_come_back_and_go() {
 }
 
 /// An address of the ranges of ClusterIPs that is no Service's: packets to it don't leave the node.
+/// 20 000 endpoints, and 100 ports: others are served beside them.
+#[test]
+fn one_service_may_be_as_large_as_a_cluster() {
+    let endpoints = |slice: u32| {
+        let addr = |endpoint| std::net::Ipv4Addr::from(0x0a80_0000 + slice * 256 + endpoint + 1);
+        let all: Vec<String> =
+            (0..100).map(|endpoint| format!("{{addresses: [{}]}}", addr(endpoint))).collect();
+        format!(
+            "kind: EndpointSlice\nmetadata: {{name: big-{slice}, labels: {{kubernetes.io/service-name: big}}}}\naddressType: IPv4\nports: [{{port: 8080}}]\nendpoints: [{}]\n---\n",
+            all.join(", ")
+        )
+    };
+    let ports: Vec<String> =
+        (0..100).map(|port| format!("{{name: p{port}, port: {}}}", 1000 + port)).collect();
+    let ports = format!(
+        "kind: Service\nmetadata: {{name: ports}}\nspec: {{clusterIP: 10.96.0.14, ports: [{}]}}\n---\n",
+        ports.join(", ")
+    );
+    let big =
+        "kind: Service\nmetadata: {name: big}\nspec: {clusterIP: 10.96.0.15, ports: [{port: 80}]}\n---\n";
+    let objects = ports + big + &(0..200).map(endpoints).collect::<String>();
+    for (options, listed, target) in [
+        (NFTABLES, ["nft", "list", "table", "ip", "kube-proxy"].as_slice(), "dnat to 10.128."),
+        (IPTABLES, &["iptables-save", "-t", "nat"], "--to-destination 10.128."),
+    ] {
+        let cluster = cluster(&options);
+        cluster.apply("big.yaml", &objects).unwrap();
+        cluster.apply("more.yaml", &service("late", 99, "")).unwrap();
+        lb_test::until("others are served", Duration::from_secs(120), || {
+            cluster.tcp("pod12", None, "10.96.0.99:80").unwrap().id.is_some()
+        });
+        let list = || netns::output(cluster.lab.command("node1", listed[0]).args(&listed[1..])).unwrap();
+        lb_test::until("all endpoints are in", Duration::from_secs(120), || {
+            list().matches(target).count() == 20_000
+        });
+        // Each of the 100 ports is refused by a rule of its own: nobody serves them.
+        let refused = cluster.tcp("pod12", None, "10.96.0.14:1099").unwrap();
+        assert_eq!(refused.error.as_deref(), Some("refused"), "{refused:?}");
+    }
+}
+
 /// What the kernel doesn't take of one Service would keep all others from being served.
 #[test]
 fn names_may_be_as_long_as_kubernetes_lets_them() {
