@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use crate::{
     cluster::{Cluster, Cni, node_ip, node_ip6, pod_ip, pod_ip6},
-    patience, until,
+    until,
 };
 
 /// Clients in the cluster: namespace, and the node in whose cgroup tree the process is.
@@ -26,8 +26,8 @@ pub fn on(node: u8) -> impl Iterator<Item = (&'static str, Option<u8>)> {
 /// A change has to be in the kernel after so long; on a busy machine that is a lot.
 const LIMIT: Duration = Duration::from_secs(15);
 
-/// Connections of one look: enough that each of two backends is seen but in one of 2000 looks, which are repeated.
-const CONNECTIONS: &str = "12";
+/// Connections of one look, in pieces: enough that each of two backends is seen but in one of 4000 looks, which are repeated.
+const CONNECTIONS: [&str; 4] = ["1", "4", "4", "4"];
 
 /// A cluster with four pods, of which servers answer at 8080 and 8081 by their pod's name, as both nodes do at 9000.
 pub fn cluster() -> Cluster {
@@ -121,17 +121,19 @@ pub fn answers(
     how: &str,
     target: &str,
 ) -> BTreeSet<String> {
-    let millis = patience(Duration::from_millis(700)).as_millis().to_string();
     let ask = |count: &str| -> Result<Vec<String>> {
-        let answers = cluster.ask(from, served, &[how, target, "--count", count, "--timeout-ms", &millis])?;
+        let answers = cluster.ask(from, served, &[how, target, "--count", count, "--timeout-ms", "700"])?;
         Ok(answers.into_iter().map(|answer| answer.id.or(answer.error).unwrap_or_default()).collect())
     };
-    let first: BTreeSet<String> = ask("1").expect("an answer").into_iter().collect();
-    // Nobody answers: more of them would only wait longer.
-    if first.contains("timeout") || first.contains("other") {
-        return first;
+    let mut seen = BTreeSet::new();
+    for count in CONNECTIONS {
+        seen.extend(ask(count).expect("answers"));
+        // Nobody answers, maybe from now on: more of them would only wait longer.
+        if seen.contains("timeout") || seen.contains("other") {
+            break;
+        }
     }
-    first.into_iter().chain(ask(CONNECTIONS).expect("answers")).collect()
+    seen
 }
 
 /// Waits until these clients get answers from all of `who`, and from nobody else.

@@ -217,8 +217,6 @@ const NETNS_THREADS: &str = "--test-threads=2";
 const NETNS_API_THREADS: &str = "--test-threads=4";
 /// They take longest.
 const NETNS_FIRST: [&str; 2] = ["netns_api", "netns_services"];
-/// How much slower than usual they may find us (`lb_test::patience`).
-const NETNS_SLOWNESS: u32 = 2;
 
 /// Runs the ring netns. What a binary prints is shown when it ends.
 fn netns(sum: &mut Sum) -> Result<()> {
@@ -255,9 +253,7 @@ fn netns_binary(test: &str) -> Result<Output> {
     let threads = if test.starts_with("netns_api") { NETNS_API_THREADS } else { NETNS_THREADS };
     let args = ["test", "-p", "lb-test", "--test", test, "--", threads];
     eprintln!("+ cargo {}", args.join(" "));
-    let mut cargo = Command::new("cargo");
-    cargo.args(args).env("LB_TEST_SLOW", NETNS_SLOWNESS.to_string());
-    cargo.stderr(Stdio::inherit()).output().context("start cargo")
+    Command::new("cargo").args(args).stderr(Stdio::inherit()).output().context("start cargo")
 }
 
 /// Names of its binaries, the longest first.
