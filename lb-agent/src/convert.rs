@@ -471,9 +471,9 @@ mod tests {
     }
 
     #[test]
-    fn a_port_without_even_an_empty_name_is_left_out() {
+    fn ports_without_even_an_empty_name_or_without_a_number_are_left_out() {
         let object = serde_yaml_ng::from_str(
-            "{metadata: {name: s, labels: {kubernetes.io/service-name: web}}, addressType: IPv4, ports: [{port: 80}, {name: '', port: 8080}], endpoints: []}",
+            "{metadata: {name: s, labels: {kubernetes.io/service-name: web}}, addressType: IPv4, ports: [{port: 80}, {name: '', port: 8080}, {name: zero, port: 0}, {name: none}], endpoints: []}",
         )
         .unwrap();
         let mut warnings = Vec::new();

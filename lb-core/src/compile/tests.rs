@@ -543,7 +543,12 @@ fn incremental_compiles_end_equal_to_a_fresh_one() {
         let event = match random(7) {
             0 => Event::ServiceGone(synthetic::service(i).name),
             1 => Event::EndpointSliceGone(synthetic::slice(i, 1, 0).name),
-            2 => Event::EndpointSlice(synthetic::slice(i, 1 + random(4), random(3))),
+            2 => {
+                let mut slice = synthetic::slice(i, 1 + random(4), random(3));
+                let port = &mut slice.ports[0];
+                (port.name, port.protocol) = name_and_protocol(&mut random);
+                Event::EndpointSlice(slice)
+            }
             3 => Event::Node(Node {
                 name: format!("node-{i}").into(),
                 addresses: vec![ip(&format!("192.0.2.{}", random(4)))],
@@ -557,6 +562,9 @@ fn incremental_compiles_end_equal_to_a_fresh_one() {
                 service.external_ips = vec![ip(&format!("192.0.2.{}", random(4)))];
                 service.ports[0] =
                     ServicePort { node_port: 30000 + random(3) as u16, ..service.ports[0].clone() };
+                // The same number under another name, and a name that changes its protocol.
+                let port = &mut service.ports[0];
+                (port.name, port.protocol) = name_and_protocol(&mut random);
                 service.service_type = ServiceType::LoadBalancer;
                 for policy in [&mut service.external_policy, &mut service.internal_policy] {
                     *policy = [TrafficPolicy::Cluster, TrafficPolicy::Local][random(2) as usize];
@@ -575,6 +583,11 @@ fn incremental_compiles_end_equal_to_a_fresh_one() {
         carry(&mut mirror, compiler.table(), &changes);
         assert_eq!(&mirror, compiler.table(), "step {step}: the changes named don't cover the difference");
     }
+}
+
+fn name_and_protocol(random: &mut impl FnMut(u32) -> u32) -> (Arc<str>, Protocol) {
+    let name = ["http", "web"][random(2) as usize].into();
+    (name, [Protocol::Tcp, Protocol::Tcp, Protocol::Udp][random(3) as usize])
 }
 
 /// What a datapath does: looks only at the keys it is told.
