@@ -608,12 +608,14 @@ fn slice(number: u32, (replaced, by): (u32, u32)) -> Value {
 fn fill(server: &ApiServer, services: u32) -> Result<()> {
     for number in 0..1_000 {
         let address = Ipv4Addr::from(0xac10_0000 + number);
+        // The agent's own is among them: a node without one is not healthy.
+        let name = if number == 0 { "node1".to_owned() } else { format!("worker-{number}") };
         server.put_value(json!({
             "kind": "Node",
-            "metadata": {"name": format!("worker-{number}"), "labels": {"topology.kubernetes.io/zone": "a"}},
+            "metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": "a"}},
             "spec": {"podCIDRs": [format!("{}/24", Ipv4Addr::from(0x0a80_0000 + number * 256))]},
             "status": {
-                "addresses": [{"type": "InternalIP", "address": address}, {"type": "Hostname", "address": format!("worker-{number}")}],
+                "addresses": [{"type": "InternalIP", "address": address}, {"type": "Hostname", "address": name}],
                 "images": (0..50).map(|image| json!({"names": [format!("registry.example/image-{image}@sha256:{number:064x}")], "sizeBytes": 1})).collect::<Vec<_>>(),
             },
         }))?;
