@@ -90,7 +90,7 @@ fn run(options: RunArgs, file: File, bpf_root: PathBuf, pins: &Pins, log: &Log) 
     match options.instead() {
         Some(Instead::Cleanup) => cleanup(&CleanupArgs::of_kube_proxy(), pins),
         Some(Instead::Init) => {
-            config::conntrack::set(&settings.conntrack);
+            let _ = config::conntrack::set(&settings.conntrack);
             Ok(())
         }
         Some(Instead::WriteConfig(path)) => config::write(&configuration, &path),

@@ -198,9 +198,7 @@ async fn serve(
     config::set_oom_score(config.settings.oom_score_adj);
     let (notices, noticed) = Notices::channel();
     let (teller, listener) = Teller::channel();
-    if !config.dry_run {
-        config::conntrack::set(&config.settings.conntrack);
-    }
+    let mut conntrack_is_set = config.dry_run || config::conntrack::set(&config.settings.conntrack);
     let datapath = open_datapath(config, &config.rules, &health, host.as_ref().map(Host::growth))?;
     warn_of_forwarding();
     let programmed = Arc::new(Notify::new());
@@ -247,7 +245,7 @@ async fn serve(
             },
             () = programmed.notified(), if !config.dry_run => {
                 // Rules may have loaded it only now.
-                config::conntrack::set(&config.settings.conntrack);
+                conntrack_is_set = conntrack_is_set || config::conntrack::set(&config.settings.conntrack);
                 if let Some(host) = &mut host {
                     host.take_new_flows()?;
                 }

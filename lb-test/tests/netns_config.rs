@@ -127,7 +127,8 @@ fn a_changed_file_takes_effect_without_a_restart() {
     load.stop_unharmed();
 }
 
-/// A Service goes while an agent that knew it ends and one that never did begins; a signal comes meanwhile.
+/// A Service goes while an agent that knew it ends and one that never did begins. Neither a change of the file nor a signal
+/// waits for the next write.
 #[test]
 fn what_happens_while_an_agent_begins_anew_is_not_lost() {
     let first = "mode: iptables\nclusterCIDR: 10.244.0.0/16\nconntrack: {tcpBeLiberal: true}";

@@ -45,8 +45,9 @@ struct Places {
     parameters: PathBuf,
 }
 
-/// Sets them in this network namespace. Without conntrack, which rules may load, there are none: to be called again then.
-pub fn set(sysctls: &[Sysctl]) {
+/// Sets them in this network namespace. Returns whether all are there: without conntrack, which rules may load, there are
+/// none, and this is to be called again then.
+pub fn set(sysctls: &[Sysctl]) -> bool {
     let places = Places {
         sysctls: "/proc/sys/net/netfilter".into(),
         parameters: "/sys/module/nf_conntrack/parameters".into(),
@@ -56,6 +57,7 @@ pub fn set(sysctls: &[Sysctl]) {
     if !refused.is_empty() {
         info!(sysctls = refused.join(", "), "left as they are");
     }
+    sysctls.iter().all(|sysctl| places.sysctls.join(sysctl.name).exists())
 }
 
 impl Places {

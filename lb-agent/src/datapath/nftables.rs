@@ -172,7 +172,7 @@ fn is_there(family: Family, known: Option<u64>) -> Result<bool, DatapathError> {
     if found.is_none() || found != known {
         return Ok(false);
     }
-    nfnetlink::chain_uses(family, TABLE, "services", "service-ips").map_err(not_told)
+    nfnetlink::chain_uses(family, TABLE, "services", "service-ips").map_err(|error| not_told(family, &error))
 }
 
 /// Service ports in one transaction of a first load.
@@ -203,11 +203,14 @@ pub fn name(family: Family) -> &'static str {
 
 /// The kernel's handle of our table, if it is there.
 pub fn handle(family: Family) -> Result<Option<u64>, DatapathError> {
-    nfnetlink::table(family, TABLE).map_err(not_told)
+    nfnetlink::table(family, TABLE).map_err(|error| not_told(family, &error))
 }
 
-fn not_told(error: std::io::Error) -> DatapathError {
-    failed(format!("ask the kernel for table {TABLE}: {error}"))
+fn not_told(family: Family, error: &std::io::Error) -> DatapathError {
+    let family = name(family);
+    failed(format!(
+        "ask the kernel for table {family} {TABLE}, which takes nf_tables and CAP_NET_ADMIN: {error}"
+    ))
 }
 
 fn load(text: &str) -> Result<(), DatapathError> {
